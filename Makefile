@@ -1,0 +1,20 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set the environment up on first use.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+PY := .venv/bin/python
+STAMP := .venv/.installed
+EXTRAS := cpu,dev,examples,serve
+
+# uv does not read pip's configuration: a folder of wheels named there is handed over. Without one, uv's own CPU index serves torch.
+TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend=cpu)
+
+.PHONY: setup demo test lint types clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "vtriune needs Python 3.11 as '$(PYTHON)'; name another with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet "uv>=0.8"
+	$(PY) -m uv pip install --quiet --python $(PY) $(TORCH_SOURCE) -e ".[$(EXTRAS)]"
+	@touch $@

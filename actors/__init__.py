@@ -1,0 +1,1 @@
+"""The actors around the learner: generator, verifier pool, recorder. Never imports `learner`."""
