@@ -120,7 +120,9 @@ def _number_problems(config: Config) -> Iterable[str]:
         "cluster.verifiers.procs": config.cluster.verifiers.procs,
         "cluster.learner.procs": config.cluster.learner.procs,
     }
-    yield from (f"{key}: {value} must be above 0" for key, value in positive.items() if value is not None and value <= 0)
+    yield from (
+        f"{key}: {value} must be above 0" for key, value in positive.items() if value is not None and value <= 0
+    )
     if not 0 < config.data.min_pixels <= config.data.max_pixels:
         yield f"data.min_pixels: {config.data.min_pixels} must lie in (0, data.max_pixels={config.data.max_pixels}]"
     if not 0 <= config.optimizer.warmup <= 1:

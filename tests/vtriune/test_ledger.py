@@ -1,0 +1,106 @@
+"""The ledger's promise: every admitted group ends exactly once, whatever generators do."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from vtriune.ledger import Ledger, LedgerError
+from vtriune.messages import SampleRef
+
+REF = SampleRef("f", 0)
+
+
+class Story(RuleBasedStateMachine):
+    """Leases, losses, late and double reports, ends and restarts in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(max_attempts=2)
+        self.states: dict[int, str] = {}
+        self.attempts: dict[int, int] = {}
+
+    def those(self, *states: str) -> list[int]:
+        return [g for g, state in self.states.items() if state in states]
+
+    @rule()
+    def admit(self) -> None:
+        group = self.ledger.admit(REF, "s")
+        self.states[group.group_id], self.attempts[group.group_id] = "admitted", 0
+
+    @precondition(lambda self: self.those("admitted"))
+    @rule(data=st.data())
+    def lease(self, data: st.DataObject) -> None:
+        group_id = data.draw(st.sampled_from(self.those("admitted")))
+        assert self.ledger.lease(group_id, 0, deadline=1.0) == self.attempts[group_id]
+        self.states[group_id] = "leased"
+
+    @precondition(lambda self: self.states)
+    @rule(data=st.data())
+    def report(self, data: st.DataObject) -> None:
+        group_id = data.draw(st.sampled_from(sorted(self.states)))
+        first = self.states[group_id] in ("admitted", "leased")
+        assert self.ledger.report(group_id, oldest_version=0) is first
+        if first:
+            self.states[group_id] = "scored"
+
+    @precondition(lambda self: self.those("leased"))
+    @rule(data=st.data(), stale=st.booleans())
+    def lose(self, data: st.DataObject, stale: bool) -> None:
+        group_id = data.draw(st.sampled_from(self.those("leased")))
+        attempt = self.attempts[group_id]
+        again = self.ledger.lose_lease(group_id, attempt - stale, "killed")
+        if stale:
+            assert again is None
+        elif attempt + 1 < 2:
+            assert again is not None
+            self.states[group_id], self.attempts[group_id] = "admitted", attempt + 1
+        else:
+            assert again is None
+            self.states[group_id] = "lost"
+
+    @precondition(lambda self: self.those("scored"))
+    @rule(data=st.data(), end=st.sampled_from(["consumed", "filtered"]))
+    def finish(self, data: st.DataObject, end: str) -> None:
+        group_id = data.draw(st.sampled_from(self.those("scored")))
+        if end == "consumed":
+            self.ledger.consume([group_id])
+        else:
+            self.ledger.filter(group_id)
+        self.states[group_id] = end
+        with pytest.raises(LedgerError):
+            self.ledger.consume([group_id])
+
+    @rule()
+    def restart_from_checkpoint(self) -> None:
+        fresh = Ledger(max_attempts=2)
+        fresh.restore(self.ledger.state())
+        self.ledger = fresh
+        for group_id in self.those("leased", "scored"):
+            self.states[group_id] = "admitted"
+
+    @invariant()
+    def every_group_is_open_or_ended_once(self) -> None:
+        self.ledger.audit()
+        counts = self.ledger.counts()
+        for state, num in counts.items():
+            assert num == len(self.those(state)), state
+        assert {g.group_id for g in self.ledger.to_lease()} == set(self.those("admitted"))
+        assert {g.group_id for g in self.ledger.overdue(2.0)} == set(self.those("leased"))
+
+
+Story.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestEveryGroupEndsOnce = Story.TestCase
+
+
+def test_a_report_of_a_group_never_admitted_is_a_fault_of_ours() -> None:
+    with pytest.raises(LedgerError, match="never admitted"):
+        Ledger().report(3, oldest_version=0)
+
+
+def test_groups_of_a_dead_generator_are_found_by_its_rank() -> None:
+    ledger = Ledger()
+    for rank in (0, 1, 0):
+        group = ledger.admit(REF, "s")
+        ledger.lease(group.group_id, rank, deadline=9.0)
+    assert [g.group_id for g in ledger.leased_to(0)] == [0, 2]

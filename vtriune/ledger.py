@@ -1,0 +1,183 @@
+"""The ledger: every group from admission to its end, exactly once. Pure logic; the clock is an argument.
+
+    admitted ──lease──▶ leased ──report──▶ scored ──consume──▶ consumed
+        ▲                 │  │                └────────────▶ filtered   (policy.filter, or too few verdicts)
+        └── lease lost ───┘  └─────────────────────────────▶ lost       (with a reason, when attempts run out)
+
+A lost lease is issued again with the next attempt number; a report of an older attempt counts as well as one of the
+newest, whichever comes first, and every later report of the group is a duplicate. Ended groups are kept as counts per
+source and end, open ones whole, so that the ledger stays small over millions of groups.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import msgspec
+
+from vtriune.messages import SampleRef
+
+State = Literal["admitted", "leased", "scored"]
+End = Literal["consumed", "filtered", "lost"]
+
+
+class LedgerError(RuntimeError):
+    """An event that contradicts the ledger: a fault of the controller's, never of the data."""
+
+
+class OpenGroup(msgspec.Struct):
+    """A group that has not ended."""
+
+    group_id: int
+    sample: SampleRef
+    source: str
+    state: State = "admitted"
+    attempt: int = 0
+    generator: int | None = None
+    deadline: float | None = None
+    """Of the lease, on the caller's clock."""
+    oldest_version: int | None = None
+    """Set when scored."""
+
+
+class LedgerState(msgspec.Struct):
+    """What a checkpoint keeps."""
+
+    next_id: int
+    open_groups: list[OpenGroup]
+    ended: dict[str, dict[str, int]]
+    lost_reasons: dict[str, int]
+    num_duplicates: int
+    num_reissues: int
+
+
+class Ledger:
+    """Book-keeping of one run's groups. Every method is one event; `audit` proves that nothing is missing."""
+
+    def __init__(self, max_attempts: int = 3) -> None:
+        self.max_attempts = max_attempts
+        self.num_duplicates = 0
+        self.num_reissues = 0
+        self.lost_reasons: Counter[str] = Counter()
+        self._next_id = 0
+        self._open: dict[int, OpenGroup] = {}
+        self._ended: dict[str, Counter[str]] = {}
+
+    def admit(self, sample: SampleRef, source: str) -> OpenGroup:
+        """A new group; ids rise by one."""
+        group = OpenGroup(self._next_id, sample, source)
+        self._open[group.group_id] = group
+        self._next_id += 1
+        return group
+
+    def lease(self, group_id: int, generator: int, deadline: float) -> int:
+        """The group goes to `generator` until `deadline`; returns the attempt number."""
+        group = self._expect(group_id, "admitted")
+        group.state, group.generator, group.deadline = "leased", generator, deadline
+        return group.attempt
+
+    def report(self, group_id: int, oldest_version: int) -> bool:
+        """The group is scored and delivered. False for a duplicate: it is counted and changes nothing.
+
+        The first report counts, of whichever attempt: also while the group waits to be leased again.
+        """
+        group = self._open.get(group_id)
+        if group is None or group.state == "scored":
+            if group_id >= self._next_id:
+                raise LedgerError(f"group {group_id}: reported, but never admitted")
+            self.num_duplicates += 1
+            return False
+        group.state, group.oldest_version, group.deadline = "scored", oldest_version, None
+        return True
+
+    def lose_lease(self, group_id: int, attempt: int, reason: str) -> OpenGroup | None:
+        """The lease ended without a report. The group is to be leased again (returned), or is lost for good when its
+        attempts are used up (None; ended as `lost` under `reason`). An outdated `attempt` returns None and changes nothing."""
+        group = self._open.get(group_id)
+        if group is None or group.state != "leased" or group.attempt != attempt:
+            return None
+        group.attempt += 1
+        if group.attempt >= self.max_attempts:
+            self.lost_reasons[reason] += 1
+            self._end(group_id, "lost")
+            return None
+        self.num_reissues += 1
+        group.state, group.generator, group.deadline = "admitted", None, None
+        return group
+
+    def consume(self, group_ids: Iterable[int]) -> None:
+        """The learner trained on these groups."""
+        for group_id in group_ids:
+            self._expect(group_id, "scored")
+            self._end(group_id, "consumed")
+
+    def filter(self, group_id: int) -> None:
+        """A scored group that the policy leaves out."""
+        self._expect(group_id, "scored")
+        self._end(group_id, "filtered")
+
+    def is_open(self, group_id: int) -> bool:
+        """Whether the group has not ended."""
+        return group_id in self._open
+
+    def get(self, group_id: int) -> OpenGroup:
+        """The open group; KeyError once it has ended."""
+        return self._open[group_id]
+
+    def leased_to(self, generator: int) -> list[OpenGroup]:
+        """What a generator holds: what is to be leased again when it dies."""
+        return [g for g in self._open.values() if g.state == "leased" and g.generator == generator]
+
+    def overdue(self, now: float) -> list[OpenGroup]:
+        """Leases past their deadline."""
+        return [g for g in self._open.values() if g.deadline is not None and g.deadline <= now]
+
+    def to_lease(self) -> list[OpenGroup]:
+        """Groups without a generator, oldest first."""
+        return [g for g in self._open.values() if g.state == "admitted"]
+
+    def counts(self) -> dict[str, int]:
+        """Number of groups by state and end, over all sources."""
+        counts: Counter[str] = Counter(g.state for g in self._open.values())
+        for ends in self._ended.values():
+            counts.update(ends)
+        return {name: counts[name] for name in ("admitted", "leased", "scored", "consumed", "filtered", "lost")}
+
+    def ended_by_source(self) -> Mapping[str, Mapping[str, int]]:
+        """source → end → number of groups."""
+        return self._ended
+
+    def audit(self) -> None:
+        """Raise LedgerError unless every admitted group is open or has ended exactly once."""
+        num_known = len(self._open) + sum(sum(ends.values()) for ends in self._ended.values())
+        if num_known != self._next_id:
+            raise LedgerError(f"{self._next_id} groups were admitted, but {num_known} are accounted for")
+
+    def state(self) -> LedgerState:
+        """For a checkpoint."""
+        ended = {source: dict(ends) for source, ends in self._ended.items()}
+        groups = list(self._open.values())
+        return LedgerState(
+            self._next_id, groups, ended, dict(self.lost_reasons), self.num_duplicates, self.num_reissues
+        )
+
+    def restore(self, state: LedgerState) -> None:
+        """Open groups come back as admitted: engines and the learner's queue did not survive."""
+        self._next_id = state.next_id
+        self._open = {
+            g.group_id: OpenGroup(g.group_id, g.sample, g.source, attempt=g.attempt) for g in state.open_groups
+        }
+        self._ended = {source: Counter(ends) for source, ends in state.ended.items()}
+        self.lost_reasons = Counter(state.lost_reasons)
+        self.num_duplicates, self.num_reissues = state.num_duplicates, state.num_reissues
+
+    def _expect(self, group_id: int, state: State) -> OpenGroup:
+        group = self._open.get(group_id)
+        if group is None or group.state != state:
+            found = "ended or unknown" if group is None else group.state
+            raise LedgerError(f"group {group_id}: expected {state}, it is {found}")
+        return group
+
+    def _end(self, group_id: int, end: End) -> None:
+        group = self._open.pop(group_id)
+        self._ended.setdefault(group.source, Counter())[end] += 1
