@@ -1,0 +1,109 @@
+"""Exact answers judged by math-verify: math, puzzle, science, chart, counting and OCR samples.
+
+The prediction is read with LaTeX extraction, boxed first; the gold answer with the library's default extraction, first match. Plain
+numbers and words are decided without sympy (verifiers.plain_answers); everything else goes through math-verify once per distinct pair.
+
+sympy can hang or eat memory on hostile input and offers no way to stop it: scoring happens in a process that its owner may kill
+(verifiers.pool). In the main thread of a process without such an owner an interval timer ends what Python can interrupt.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache, lru_cache
+from typing import Any
+
+import msgspec
+
+from verifiers.deadline import DeadlineError, deadline
+from verifiers.plain_answers import boxed_answer, decide
+from verifiers.registry import Context, GoldError, Outcome, verifier
+from verifiers.types import RewardOptions
+
+NOTHING_FOUND = "no LaTeX answer found"
+WRONG = "differs from the gold answer"
+
+
+class MathParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Row-level overrides of `rewards.fold_case` and `rewards.numeric_tolerance`."""
+
+    fold_case: bool | None = None
+    numeric_tolerance: float | None = None
+
+
+@cache
+def _library() -> Any:
+    """math_verify, imported at first use (sympy takes about a second), its warning about disabled timeouts silenced."""
+    import math_verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return math_verify
+
+
+@lru_cache(maxsize=16_384)
+def parse_gold(gold: str) -> tuple[Any, ...]:
+    """math-verify's reading of a gold answer; empty where it finds none. Cached: a group shares its gold answer."""
+    return tuple(_library().parse(gold, extraction_mode="first_match", parsing_timeout=None))
+
+
+def parse_prediction(response: str) -> list[Any]:
+    """math-verify's reading of a response: LaTeX only, boxed first."""
+    library = _library()
+    targets = [library.LatexExtractionConfig(boxed_match_priority=0)]
+    return list(library.parse(response, extraction_config=targets, parsing_timeout=None))
+
+
+@lru_cache(maxsize=65_536)
+def judge(gold: str, answer: str, tolerance: float) -> tuple[float, str]:
+    """(accuracy, reason) of one pair through the library, cached. GoldError where the gold answer cannot be read."""
+    golds = parse_gold(gold)
+    if not golds:
+        raise GoldError(f"math-verify finds no answer in the gold {gold[:200]!r}; write a word as \\boxed{{word}}")
+    predictions = parse_prediction(answer)
+    if not predictions:
+        return 0.0, NOTHING_FOUND
+    if _library().verify(list(golds), predictions, timeout_seconds=None):
+        return 1.0, ""
+    if tolerance > 0.0 and is_close(golds[0], predictions[0], tolerance):
+        return 1.0, f"within {tolerance:g} of the gold answer"
+    return 0.0, WRONG
+
+
+def is_close(gold: Any, prediction: Any, tolerance: float) -> bool:
+    """Both are real numbers and differ by at most `tolerance` times the gold's magnitude."""
+    try:
+        expected, found = float(gold), float(prediction)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return False
+    return abs(expected - found) <= tolerance * abs(expected)
+
+
+@verifier("mathverify")
+class MathVerify:
+    """`R_acc` = 1 if math-verify finds the prediction equal to the gold answer, else 0."""
+
+    def score(self, response: str, gold: str, params: MathParams, context: Context) -> Outcome:
+        options: RewardOptions = context.options
+        fold = options.fold_case if params.fold_case is None else params.fold_case
+        tolerance = options.numeric_tolerance if params.numeric_tolerance is None else params.numeric_tolerance
+        if fold:
+            response, gold = response.lower(), gold.lower()
+        answer = boxed_answer(response)
+        if answer is not None and tolerance == 0.0:
+            verdict = decide(gold, answer)
+            if verdict is not None:
+                return Outcome(float(verdict), reason="" if verdict else WRONG)
+        # A lone box decides by itself: its text keys the cache, so that a group's equal answers are judged once.
+        text = response if answer is None else f"\\boxed{{{answer}}}"
+        try:
+            with deadline(options.deadline_s):
+                accuracy, reason = judge(gold, text, tolerance)
+        except DeadlineError as error:
+            raise TimeoutError(f"math-verify took longer than {options.deadline_s:g} s") from error
+        except RecursionError as error:
+            raise GoldError("math-verify ran out of recursion depth") from error
+        return Outcome(accuracy, status="bad_answer" if reason == NOTHING_FOUND else "ok", reason=reason)
+
+    def gold_response(self, gold: str, params: MathParams) -> str:
+        """The gold answer as a model should give it."""
+        return gold if "\\boxed" in gold else f"\\boxed{{{gold}}}"
