@@ -31,6 +31,8 @@ class OpenGroup(msgspec.Struct):
     group_id: int
     sample: SampleRef
     source: str
+    max_staleness: int
+    """The hard bound in force at admission."""
     state: State = "admitted"
     attempt: int = 0
     generator: int | None = None
@@ -61,18 +63,22 @@ class Ledger:
         self.lost_reasons: Counter[str] = Counter()
         self._next_id = 0
         self._open: dict[int, OpenGroup] = {}
+        self._unleased: set[int] = set()
+        """Open groups in state `admitted`."""
         self._ended: dict[str, Counter[str]] = {}
 
-    def admit(self, sample: SampleRef, source: str) -> OpenGroup:
+    def admit(self, sample: SampleRef, source: str, max_staleness: int) -> OpenGroup:
         """A new group; ids rise by one."""
-        group = OpenGroup(self._next_id, sample, source)
+        group = OpenGroup(self._next_id, sample, source, max_staleness)
         self._open[group.group_id] = group
+        self._unleased.add(group.group_id)
         self._next_id += 1
         return group
 
     def lease(self, group_id: int, generator: int, deadline: float) -> int:
         """The group goes to `generator` until `deadline`; returns the attempt number."""
         group = self._expect(group_id, "admitted")
+        self._unleased.remove(group_id)
         group.state, group.generator, group.deadline = "leased", generator, deadline
         return group.attempt
 
@@ -87,6 +93,7 @@ class Ledger:
                 raise LedgerError(f"group {group_id}: reported, but never admitted")
             self.num_duplicates += 1
             return False
+        self._unleased.discard(group_id)
         group.state, group.oldest_version, group.deadline = "scored", oldest_version, None
         return True
 
@@ -103,6 +110,7 @@ class Ledger:
             return None
         self.num_reissues += 1
         group.state, group.generator, group.deadline = "admitted", None, None
+        self._unleased.add(group_id)
         return group
 
     def consume(self, group_ids: Iterable[int]) -> None:
@@ -132,9 +140,13 @@ class Ledger:
         """Leases past their deadline."""
         return [g for g in self._open.values() if g.deadline is not None and g.deadline <= now]
 
-    def to_lease(self) -> list[OpenGroup]:
-        """Groups without a generator, oldest first."""
-        return [g for g in self._open.values() if g.state == "admitted"]
+    def first_to_lease(self) -> OpenGroup | None:
+        """The oldest group without a generator."""
+        return self._open[min(self._unleased)] if self._unleased else None
+
+    def bounds(self) -> dict[int, int]:
+        """Group id → hard bound of every open group, oldest first: what the window is restored from."""
+        return {g.group_id: g.max_staleness for g in self._open.values()}
 
     def counts(self) -> dict[str, int]:
         """Number of groups by state and end, over all sources."""
@@ -165,8 +177,10 @@ class Ledger:
         """Open groups come back as admitted: engines and the learner's queue did not survive."""
         self._next_id = state.next_id
         self._open = {
-            g.group_id: OpenGroup(g.group_id, g.sample, g.source, attempt=g.attempt) for g in state.open_groups
+            g.group_id: OpenGroup(g.group_id, g.sample, g.source, g.max_staleness, attempt=g.attempt)
+            for g in state.open_groups
         }
+        self._unleased = set(self._open)
         self._ended = {source: Counter(ends) for source, ends in state.ended.items()}
         self.lost_reasons = Counter(state.lost_reasons)
         self.num_duplicates, self.num_reissues = state.num_duplicates, state.num_reissues

@@ -123,7 +123,7 @@ class GroupReport(msgspec.Struct, frozen=True):
 
 
 class Rendezvous(msgspec.Struct, frozen=True):
-    """Where the weight group of one publish meets: learner rank 0 is member 0, generator g is member 1 + g."""
+    """Where the weight group of one publish meets: learner rank 0 is member 0, the generators that receive are 1, 2, …"""
 
     host: str
     port: int
@@ -185,6 +185,8 @@ class PublishOrder(msgspec.Struct, frozen=True):
     full: bool
     """False: trainable parameters only. True for an engine's first publish."""
     deadline_s: float
+    member: int = 0
+    """The receiver's place at the rendezvous; 0 is learner rank 0."""
 
 
 class PublishReport(msgspec.Struct, frozen=True):

@@ -26,7 +26,7 @@ the oldest-first one, which keeps the invariant.
 """
 
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -59,13 +59,6 @@ def derive_limits(mode: Mode, max_staleness: int | None, look_ahead: int | None,
             f"use at most {bound * rollout_batch + 1}"
         )
     return Limits(bound - overtaking, width, bound)
-
-
-class WindowState(msgspec.Struct):
-    """What a checkpoint keeps of a window. `waiting`: (group id, admitted version, bound), oldest first."""
-
-    version: int
-    waiting: list[tuple[int, int, int]]
 
 
 class _Entry(msgspec.Struct):
@@ -141,9 +134,14 @@ class Window:
         """The data are used up: nothing more is admitted, and a batch may be short once all that waits is scored."""
         self._is_closed = True
 
-    def bound_of(self, group_id: int) -> int:
-        """m_g: the hard bound in force when the group was admitted."""
-        return self._waiting[group_id].max_staleness
+    @property
+    def is_exhausted(self) -> bool:
+        """Nothing waits and nothing more will come."""
+        return self._is_closed and not self._waiting
+
+    def __contains__(self, group_id: int) -> bool:
+        """Whether the group waits."""
+        return group_id in self._waiting
 
     def cut(self) -> list[int] | None:
         """The next batch, oldest first, or None while it must wait. At most one batch is in training at a time.
@@ -184,18 +182,14 @@ class Window:
         """How many younger groups have been consumed before the oldest waiting one."""
         return len(self._ahead)
 
-    def state(self) -> WindowState:
-        """For a checkpoint, taken while no batch is in training."""
-        waiting = [(group_id, entry.admitted_version, entry.max_staleness) for group_id, entry in self._waiting.items()]
-        return WindowState(self.version, waiting)
+    def restore(self, version: int, bounds: Mapping[int, int]) -> None:
+        """Take up again at `version` with the waiting groups of a checkpoint, group id → bound, oldest first.
 
-    def restore(self, state: WindowState) -> None:
-        """Waiting groups come back unscored, in their slots: a resume admits nothing that was not free before.
-
-        They are generated anew by engines at `state.version`, which is where their staleness is counted from.
+        They come back unscored and in their slots, so that a resume admits nothing that was not free before. Engines
+        generate them anew at `version`, which is where their staleness is counted from.
         """
-        self.version, self._num_scored = state.version, 0
-        self._waiting = {group_id: _Entry(state.version, bound) for group_id, _, bound in state.waiting}
+        self.version, self._num_scored = version, 0
+        self._waiting = {group_id: _Entry(version, bound) for group_id, bound in bounds.items()}
 
     def _oldest_scored(self) -> list[int]:
         """Up to P scored groups, oldest first, with no more than W − 1 overtakes of the oldest group left behind."""

@@ -25,7 +25,7 @@ class Story(RuleBasedStateMachine):
 
     @rule()
     def admit(self) -> None:
-        group = self.ledger.admit(REF, "s")
+        group = self.ledger.admit(REF, "s", 1)
         self.states[group.group_id], self.attempts[group.group_id] = "admitted", 0
 
     @precondition(lambda self: self.those("admitted"))
@@ -85,7 +85,9 @@ class Story(RuleBasedStateMachine):
         counts = self.ledger.counts()
         for state, num in counts.items():
             assert num == len(self.those(state)), state
-        assert {g.group_id for g in self.ledger.to_lease()} == set(self.those("admitted"))
+        waiting = self.ledger.first_to_lease()
+        assert (waiting and waiting.group_id) == min(self.those("admitted"), default=None)
+        assert list(self.ledger.bounds()) == sorted(self.those("admitted", "leased", "scored"))
         assert {g.group_id for g in self.ledger.overdue(2.0)} == set(self.those("leased"))
 
 
@@ -101,6 +103,6 @@ def test_a_report_of_a_group_never_admitted_is_a_fault_of_ours() -> None:
 def test_groups_of_a_dead_generator_are_found_by_its_rank() -> None:
     ledger = Ledger()
     for rank in (0, 1, 0):
-        group = ledger.admit(REF, "s")
+        group = ledger.admit(REF, "s", 1)
         ledger.lease(group.group_id, rank, deadline=9.0)
     assert [g.group_id for g in ledger.leased_to(0)] == [0, 2]

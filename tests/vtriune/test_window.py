@@ -89,7 +89,8 @@ class Simulation(RuleBasedStateMachine):
         if self.batch is not None:
             return
         fresh = Window(self.window.limits, self.window.rollout_batch, max_oversample=self.window.max_oversample)
-        fresh.restore(self.window.state())
+        waiting = [g for g in self.admitted if g not in self.ended]
+        fresh.restore(self.window.version, {g: self.admitted[g][1] for g in waiting})
         assert fresh.num_active == self.window.num_active
         assert fresh.can_admit() == self.window.can_admit()
         self.window = fresh

@@ -1,0 +1,142 @@
+"""The generators as the controller sees them: their health, their room, their versions. Called by controller and publisher.
+
+    DEAD ──spawn──▶ STALE ──refit (full publish) and canary──▶ HEALTHY
+      ▲                                                          │
+      └───────────────── process ended, or a call broke ─────────┘
+
+Only a HEALTHY engine is leased to, so nothing is ever sampled from a version older than the last publish.
+"""
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from vtriune.messages import GroupReport, Lease
+
+log = logging.getLogger(__name__)
+
+
+class Health(enum.Enum):
+    """Whether an engine may be leased to."""
+
+    DEAD = "dead"
+    STALE = "stale"
+    HEALTHY = "healthy"
+
+
+class Spawned(NamedTuple):
+    """A generator's process and its actor, both one rank."""
+
+    procs: Any
+    actor: Any
+
+
+class Engine:
+    """One generator rank over all its incarnations."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.health = Health.DEAD
+        self.spawned: Spawned | None = None
+        self.num_leased = 0
+        self.incarnation = 0
+
+    @property
+    def actor(self) -> Any:
+        """The mesh to call; raises RuntimeError while dead."""
+        if self.spawned is None:
+            raise RuntimeError(f"generator {self.rank} is dead")
+        return self.spawned.actor
+
+
+class FleetExhausted(RuntimeError):
+    """No generator is left and the restart budget is used up: `cluster.generators.restarts`."""
+
+
+class Fleet:
+    """`num_engines` generators, `room` groups each at a time."""
+
+    def __init__(
+        self,
+        num_engines: int,
+        room: int,
+        num_restarts: int,
+        spawn: Callable[[int], Awaitable[Spawned]],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.engines = [Engine(rank) for rank in range(num_engines)]
+        self.room = room
+        self.num_restarts_left = num_restarts
+        self.num_deaths = 0
+        self._spawn = spawn
+        self._on_change = on_change
+
+    @property
+    def healthy(self) -> list[Engine]:
+        """Engines that may be leased to, by rank."""
+        return [engine for engine in self.engines if engine.health is Health.HEALTHY]
+
+    @property
+    def stale(self) -> list[Engine]:
+        """Engines that run and wait for a refit."""
+        return [engine for engine in self.engines if engine.health is Health.STALE]
+
+    async def start(self) -> None:
+        """Spawn every engine; all are STALE afterwards."""
+        await asyncio.gather(*(self._start(engine) for engine in self.engines))
+
+    def pick(self) -> Engine | None:
+        """The healthy engine with the most room, or None when all are full."""
+        engine = min(self.healthy, key=lambda e: e.num_leased, default=None)
+        return engine if engine is not None and engine.num_leased < self.room else None
+
+    async def generate(self, engine: Engine, lease: Lease) -> GroupReport:
+        """Have `engine` generate one group and see it scored and delivered. Raises what the actor raises."""
+        engine.num_leased += 1
+        try:
+            report: GroupReport = await engine.actor.generate.call_one(lease)
+            return report
+        finally:
+            engine.num_leased -= 1
+            self._on_change()
+
+    def bury(self, engine: Engine, reason: str) -> None:
+        """The engine's process ended or no longer answers. Idempotent per incarnation."""
+        if engine.health is Health.DEAD:
+            return
+        log.warning("generator %d died: %s", engine.rank, reason)
+        engine.health = Health.DEAD
+        self.num_deaths += 1
+        self._on_change()
+
+    async def revive(self) -> None:
+        """Respawn dead engines while the budget lasts. Raises FleetExhausted when none is left alive."""
+        for engine in self.engines:
+            if engine.health is Health.DEAD and self.num_restarts_left > 0:
+                self.num_restarts_left -= 1
+                await self._stop(engine)
+                await self._start(engine)
+        if all(engine.health is Health.DEAD for engine in self.engines):
+            raise FleetExhausted(
+                f"all {len(self.engines)} generators are dead and cluster.generators.restarts is used up; "
+                "the last lines of logs/generator-*.log say why"
+            )
+
+    async def stop(self) -> None:
+        """End every engine's process."""
+        await asyncio.gather(*(self._stop(engine) for engine in self.engines))
+
+    async def _start(self, engine: Engine) -> None:
+        start = time.monotonic()
+        engine.spawned = await self._spawn(engine.rank)
+        engine.health, engine.incarnation = Health.STALE, engine.incarnation + 1
+        log.info("generator %d ready after %.1f s", engine.rank, time.monotonic() - start)
+        self._on_change()
+
+    async def _stop(self, engine: Engine) -> None:
+        if engine.spawned is not None:
+            spawned, engine.spawned = engine.spawned, None
+            await spawned.procs.stop()

@@ -1,0 +1,58 @@
+"""Make transformers' image processors importable where torchvision and torchaudio have no compiled operators.
+
+The CPU build of torch meets torchvision and torchaudio wheels whose compiled halves need CUDA libraries. torchvision then
+fails to import because two operator schemas are missing; torchaudio fails because its library cannot be loaded.
+Callers: anything of ours that imports transformers' processors, and every vLLM process through the entry point group
+`vllm.general_plugins`.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+import sys
+
+import torch
+
+_SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+# A torch.library.Library undoes its definitions when it is collected: it lives as long as the process.
+_definitions: list[torch.library.Library] = []
+
+
+def define_missing_schemas() -> None:
+    """Define `torchvision::nms` and `torchvision::qnms` where they are missing, and hide a torchaudio that cannot load.
+
+    Idempotent, and a no-op where the compiled operators are present. Call before `import transformers`' processors.
+    """
+    if "torchvision" not in sys.modules and not _definitions and not _compiled_operators_load():
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(name + _SIGNATURE)
+        _definitions.append(library)
+    _hide_unloadable("torchaudio")
+
+
+def _compiled_operators_load() -> bool:
+    """Whether torchvision's own library loads (which registers its operators); True where torchvision is not installed."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        return True
+    for path in pathlib.Path(next(iter(spec.submodule_search_locations))).glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(path))
+        except OSError:
+            return False
+        return True
+    return False
+
+
+def _hide_unloadable(package: str) -> None:
+    """Make `find_spec(package)` answer None when the package is installed and its compiled library cannot be loaded."""
+    if package in sys.modules or importlib.util.find_spec(package) is None:
+        return
+    try:
+        importlib.import_module(package)
+    except OSError:
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
+        sys.modules[package] = None  # type: ignore[assignment]
