@@ -1,8 +1,9 @@
-"""COCO's average precision of one sample: 101-point interpolation, IoU .50:.05:.95, one area range, at most 100 detections a class.
+"""COCO's average precision of one sample: 101-point interpolation, IoU .50:.05:.95, one area range, at most 100
+detections a class.
 
-All predictions have score 1, so their order ranks them. Equal to pycocotools to 1e-9, with two deliberate differences: a box larger
-than 10¹⁰ px² is a box like any other (pycocotools ignores it, which would make giant boxes free), and the 2e-16 that pycocotools adds
-to a denominator is left out, so that a perfect answer scores exactly 1.
+All predictions have score 1, so their order ranks them. Equal to pycocotools to 1e-9, with two deliberate differences:
+a box larger than 10¹⁰ px² is a box like any other (pycocotools ignores it, which would make giant boxes free), and the
+2e-16 that pycocotools adds to a denominator is left out, so that a perfect answer scores exactly 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ RECALL_LEVELS = np.linspace(0.0, 1.0, 101)
 
 @compiled("void(int64, float64[::1])")
 def recall_levels_per_hit(num_golds: int, out: Matrix) -> None:
-    """out[n] = how many of the 101 recall levels are first reached at the n-th hit, 1 ≤ n ≤ num_golds. Level 0 is reached at once."""
+    """out[n] = how many of the 101 recall levels are first reached at the n-th hit, 1 ≤ n ≤ num_golds. Level 0 is
+    reached at once.
+    """
     hits = 1
     out[1] = 1.0
     for n in range(2, num_golds + 1):
@@ -39,7 +42,9 @@ def recall_levels_per_hit(num_golds: int, out: Matrix) -> None:
 
 @compiled("float64(int64[::1], int64, int64, float64[::1])")
 def interpolated_precision(hit_rank: Labels, num_hits: int, num_golds: int, levels: Matrix) -> float:
-    """AP of one class at one threshold. hit_rank[n] is the 1-based rank of the n-th hit; the sum runs from the last hit backwards."""
+    """AP of one class at one threshold. hit_rank[n] is the 1-based rank of the n-th hit; the sum runs from the last hit
+    backwards.
+    """
     best = 0.0
     total = 0.0
     for n in range(num_hits, 0, -1):
@@ -51,7 +56,8 @@ def interpolated_precision(hit_rank: Labels, num_hits: int, num_golds: int, leve
 
 @compiled("void(float64[:, ::1], int64[:], int64[:], float64[:])")
 def sample_average_precision(overlap: Matrix, predicted: Labels, gold: Labels, out: Matrix) -> None:
-    """out = (map, map50, map75) from IoU [N, G] and class ids [N], [G]. Classes are those of the gold, each weighing the same; G ≥ 1.
+    """out = (map, map50, map75) from IoU [N, G] and class ids [N], [G]. Classes are those of the gold, each weighing
+    the same; G ≥ 1.
 
     Per class and threshold: predictions in order, each takes the unmatched gold of highest IoU ≥ t, the last of equals.
     """
@@ -124,9 +130,11 @@ def coco_average_precision(
     gold_xyxy: ArrayLike,
     gold_labels: Sequence[object] | ArrayLike,
 ) -> tuple[float, float, float]:
-    """(map, map50, map75) of one sample, in [0, 1]: boxes [N, 4] and [G, 4], labels of length N and G (ints or strings).
+    """(map, map50, map75) of one sample, in [0, 1]: boxes [N, 4] and [G, 4], labels of length N and G (ints or
+    strings).
 
-    Without gold boxes COCO's AP is undefined; here it is 1 for no prediction and 0 otherwise. ValueError where lengths differ.
+    Without gold boxes COCO's AP is undefined; here it is 1 for no prediction and 0 otherwise. ValueError where lengths
+    differ.
     """
     predicted_boxes, gold_boxes = as_boxes(predicted_xyxy), as_boxes(gold_xyxy)
     predicted, gold = class_ids(predicted_labels, gold_labels)

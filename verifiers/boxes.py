@@ -1,7 +1,9 @@
-"""From a response's text to its boxes: the last pair of answer tags, then JSON, then what can be recovered from broken JSON.
+"""From a response's text to its boxes: the last pair of answer tags, then JSON, then what can be recovered from broken
+JSON.
 
-Well-formed JSON (double or single quotes) takes one typed decode. Everything else (code fences, prose around, a truncated tail,
-odd items) goes through a scan that is linear in the text and uses no recursion, so that no nesting depth can hurt it.
+Well-formed JSON (double or single quotes) takes one typed decode. Everything else (code fences, prose around, a
+truncated tail, odd items) goes through a scan that is linear in the text and uses no recursion, so that no nesting
+depth can hurt it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class Box(msgspec.Struct, frozen=True, gc=False):
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
-    """What the answer tags held. `is_empty_list` is true for a literal `[]` only: nothing recovered from rubbish is not an answer."""
+    """What the answer tags held. `is_empty_list` is true for a literal `[]` only: nothing recovered from rubbish is not
+    an answer.
+    """
 
     boxes: list[Box]
     is_empty_list: bool = False
@@ -44,7 +48,9 @@ _FENCE = re.compile(r"^```[a-zA-Z]*\s*|\s*```$")
 
 
 def answer_text(response: str) -> str | None:
-    """What stands between the last pair of answer tags; without a closed pair, what follows the last opening tag; else None."""
+    """What stands between the last pair of answer tags; without a closed pair, what follows the last opening tag; else
+    None.
+    """
     close = response.rfind(CLOSE)
     start = response.rfind(OPEN, 0, close) if close >= 0 else -1
     if start >= 0:
@@ -69,12 +75,19 @@ def parse_boxes(text: str) -> Answer:
             boxes = _decode_boxes(text if '"' in text else text.replace("'", '"'))
         except (msgspec.DecodeError, RecursionError):
             return Answer(recover_boxes(text))
-        return Answer([box for box in boxes if is_valid(box)], not boxes)
+        # The decoder refuses numbers outside a double's range, so only the order of corners is left to check.
+        for box in boxes:
+            corners = box.bbox_2d
+            if corners[0] > corners[2] or corners[1] > corners[3]:
+                return Answer([box for box in boxes if is_valid(box)])
+        return Answer(boxes, not boxes)
     return Answer(recover_boxes(text))
 
 
 def recover_boxes(text: str) -> list[Box]:
-    """Every complete, valid item of broken JSON, found by its `bbox_2d` key. An item without its closing brace is dropped."""
+    """Every complete, valid item of broken JSON, found by its `bbox_2d` key. An item without its closing brace is
+    dropped.
+    """
     found: list[Box] = []
     searched = 0
     key = text.find("bbox_2d")
@@ -126,7 +139,8 @@ class GoldBoxes(msgspec.Struct, frozen=True, gc=False):
 
 @lru_cache(maxsize=65_536)
 def gold_boxes(gold: str) -> GoldBoxes | None:
-    """The boxes of a gold answer (JSON, either quotes, with or without answer tags); None where an item of it cannot be read.
+    """The boxes of a gold answer (JSON, either quotes, with or without answer tags); None where an item of it cannot be
+    read.
 
     Gold answers are data, not model output: nothing is recovered or dropped.
     """

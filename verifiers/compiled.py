@@ -1,7 +1,7 @@
 """The one way kernels are compiled here: numba, without the GIL, cached on disk, signature stated.
 
-A kernel takes flat arrays of many samples at once and holds no Python object. Importing this module imports numba (about half a
-second), so only kernels do, and kernels are imported at the first score that needs them.
+A kernel takes flat arrays of many samples at once and holds no Python object. Importing this module imports numba
+(about half a second), so only kernels do, and kernels are imported at the first score that needs them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A deadline for code in the main thread of a process that nobody else watches.
 
-It interrupts Python bytecode only: a loop inside C code outlives it. The pool therefore does not rely on it, and kills instead.
+It interrupts Python bytecode only: a loop inside C code outlives it. The pool therefore does not rely on it, and kills
+instead.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def _expire(_signal: int, _frame: object) -> None:
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raise DeadlineError in the body after `seconds`. Off the main thread, or where a timer runs already, nothing is guarded."""
+    """Raise DeadlineError in the body after `seconds`. Off the main thread, or where a timer runs already, nothing is
+    guarded.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0] > 0:
         yield
         return

@@ -1,7 +1,7 @@
 """Detection and grounding: boxes out of the answer, all scores out of one kernel call per batch.
 
-The row's `det_reward_ratio` weighs five scores: the two matchings (label-first, IoU-first) and map, map50, map75. Dynamic IoU chooses
-the threshold of the matchings by training progress.
+The row's `det_reward_ratio` weighs five scores: the two matchings (label-first, IoU-first) and map, map50, map75.
+Dynamic IoU chooses the threshold of the matchings by training progress.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ COLUMNS = (
         for name in _MEASURES
     ),
 )
+# Samples per kernel call: enough to make its overhead nothing, few enough to stay in cache.
+CHUNK = 256
 NO_ANSWER = "no answer tags"
 NO_BOX = "no box could be read from the answer"
 
 
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`det_reward_ratio`: weights in [0, 1]; null means 0. `iou_completeness` is c, the share of completeness in a matching's score."""
+    """`det_reward_ratio`: weights in [0, 1]; null means 0. `iou_completeness` is c, the share of completeness in a
+    matching's score.
+    """
 
     iou_max_label_first: float | None = None
     iou_max_iou_first: float | None = None
@@ -49,9 +53,9 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DetectionParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of a detection row.
 
-    `frame` is the frame of predicted boxes, `gold_frame` that of the gold's. Where the gold's is not given it is `norm_1` if
-    `det_verifier_normalized`, else `original_px`; where the prediction's is not given it is the gold's for normalised rows, else
-    `rewards.frame`. Frames that differ need the sizes [width, height] they are defined by.
+    `frame` is the frame of predicted boxes, `gold_frame` that of the gold's. Where the gold's is not given it is
+    `norm_1` if `det_verifier_normalized`, else `original_px`; where the prediction's is not given it is the gold's for
+    normalised rows, else `rewards.frame`. Frames that differ need the sizes [width, height] they are defined by.
     """
 
     det_reward_ratio: Weights = Weights()
@@ -64,7 +68,9 @@ class DetectionParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def weight_row(weights: Weights) -> list[float]:
-    """The six weights in the kernel's order; SpecError where one is outside [0, 1] or the five scores' weights sum to 0."""
+    """The six weights in the kernel's order; SpecError where one is outside [0, 1] or the five scores' weights sum to
+    0.
+    """
     row = [float(getattr(weights, name) or 0.0) for name in (*SCORES, "iou_completeness")]
     if not all(0.0 <= value <= 1.0 for value in row):
         raise SpecError(f"det_reward_ratio has a weight outside [0, 1]: {msgspec.to_builtins(weights)}")
@@ -87,7 +93,7 @@ def _prepared(params: DetectionParams, frame: Frame) -> tuple[list[float], tuple
 class _Batch:
     """Flat arrays under construction: one entry per sample that has boxes to compare."""
 
-    def __init__(self) -> None:
+    def __init__(self, fold_case: bool) -> None:
         self.indices: list[int] = []
         self.predicted: list[float] = []
         self.predicted_labels: list[int] = []
@@ -96,7 +102,9 @@ class _Batch:
         self.gold_labels: list[int] = []
         self.gold_ends: list[int] = [0]
         self.weights: list[list[float]] = []
+        self._fold_case = fold_case
         self._classes: dict[str, int] = {}
+        self._plain: dict[str, int] = {}
 
     def add(
         self,
@@ -105,25 +113,28 @@ class _Batch:
         gold: GoldBoxes,
         weights: list[float],
         scale: tuple[float, float] | None,
-        fold: bool,
     ) -> None:
-        classes = self._classes
-        coordinates = self.predicted
+        coordinates, labels = self.predicted, self.predicted_labels
         for box in answer.boxes:
-            coordinates.extend(box.bbox_2d)
-            label = box.label.strip().lower() if fold else box.label.strip()
-            self.predicted_labels.append(classes.setdefault(label, len(classes)))
+            coordinates += box.bbox_2d
+            labels.append(self._class_id(box.label))
         if scale is not None and answer.boxes:
             first = len(coordinates) - 4 * len(answer.boxes)
             coordinates[first:] = [value * scale[k % 2] for k, value in enumerate(coordinates[first:])]
-        for label in gold.labels:
-            label = label.strip().lower() if fold else label.strip()
-            self.gold_labels.append(classes.setdefault(label, len(classes)))
-        self.gold.extend(gold.coordinates)
-        self.predicted_ends.append(len(self.predicted_labels))
+        self.gold_labels += [self._class_id(label) for label in gold.labels]
+        self.gold += gold.coordinates
+        self.predicted_ends.append(len(labels))
         self.gold_ends.append(len(self.gold_labels))
         self.weights.append(weights)
         self.indices.append(index)
+
+    def _class_id(self, label: str) -> int:
+        """Equal numbers for labels that are the same but for surrounding spaces, and for case where the options fold it."""
+        known = self._classes.get(label)
+        if known is None:
+            plain = label.strip().lower() if self._fold_case else label.strip()
+            known = self._classes[label] = self._plain.setdefault(plain, len(self._plain))
+        return known
 
     def run(self, options: RewardOptions, progress: float) -> list[list[float]]:
         """Rows of COLUMNS, one per added sample."""
@@ -178,26 +189,32 @@ class Detection:
 
     def score_batch(self, tasks: Sequence[Task]) -> list[Outcome | Exception]:
         results: list[Outcome | Exception] = []
-        batch = _Batch()
+        for first in range(0, len(tasks), CHUNK):
+            results += self._score_chunk(tasks[first : first + CHUNK])
+        return results
+
+    def _score_chunk(self, tasks: Sequence[Task]) -> list[Outcome | Exception]:
+        results: list[Outcome | Exception] = []
+        options, progress = tasks[0].context.options, tasks[0].context.progress
+        batch = _Batch(options.fold_case)
         for task in tasks:
             try:
                 results.append(self._prepare(task, batch, len(results)))
             except (GoldError, SpecError) as error:
                 results.append(error)
-        if batch.indices:
-            context: Context = tasks[0].context
-            is_full = context.options.report == "full"
-            rows = batch.run(context.options, context.progress)
-            for index, row, weights in zip(batch.indices, rows, batch.weights, strict=True):
-                readable = results[index]
-                assert isinstance(readable, Outcome)
-                results[index] = Outcome(
-                    row[0], _components(row, weights, is_full), readable.format, readable.status, readable.reason
-                )
+        rows = batch.run(options, progress) if batch.indices else []
+        is_full = options.report == "full"
+        for index, row, weights in zip(batch.indices, rows, batch.weights, strict=True):
+            read = results[index]
+            assert isinstance(read, Outcome)
+            components = _components(row, weights, is_full)
+            results[index] = Outcome(row[0], components, read.format, read.status, read.reason)
         return results
 
     def _prepare(self, task: Task, batch: _Batch, index: int) -> Outcome:
-        """The outcome as far as text alone decides it; samples with gold boxes join the batch, which supplies their scores."""
+        """The outcome as far as text alone decides it; samples with gold boxes join the batch, which supplies their
+        scores.
+        """
         options = task.context.options
         weights, scale = _prepared(task.params, options.frame)
         gold = gold_boxes(task.gold)
@@ -212,18 +229,17 @@ class Detection:
         limit = max(options.max_boxes, 2 * len(gold.labels))
         if num_boxes > limit:
             return Outcome(0.0, {}, 0.0, "bad_answer", f"{num_boxes} boxes, more than rewards.max_boxes = {limit}")
-        batch.add(index, answer, gold, weights, scale, options.fold_case)
+        batch.add(index, answer, gold, weights, scale)
         if not num_boxes:
             return Outcome(0.0, {}, 0.0, "bad_answer", NO_ANSWER if text is None else NO_BOX)
         return Outcome(0.0, {}, float(are_tags_single))
 
-    def gold_response(self, gold: str, params: DetectionParams) -> str:
+    def gold_response(self, gold: str, params: DetectionParams, context: Context) -> str:
         """The gold's boxes in the frame the row expects of predictions."""
         boxes = gold_boxes(gold)
         if boxes is None:
             return gold
-        _, scale = _prepared(params, "original_px")
-        scale = scale or (1.0, 1.0)
+        scale = _prepared(params, context.options.frame)[1] or (1.0, 1.0)
         corners = [
             [value / scale[k % 2] for k, value in enumerate(boxes.coordinates[4 * i : 4 * i + 4])]
             for i in range(len(boxes.labels))

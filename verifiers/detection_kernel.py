@@ -1,6 +1,8 @@
-"""All detection scores of many samples in one call, without the GIL: flat boxes in, one row of components per sample out.
+"""All detection scores of many samples in one call, without the GIL: flat boxes in, one row of components per sample
+out.
 
-Called by verifiers.detection. For N predictions, G golds and M matches at threshold t, with c = iou_completeness (spec: V-Triune §3.3):
+Called by verifiers.detection. For N predictions, G golds and M matches at threshold t, with c = iou_completeness (spec:
+V-Triune §3.3):
     mean = ΣIoU/G   recall = M/G   precision = M/N (0 for N = 0)   completeness = (precision + recall)/2
     W(t) = (1 − c)·mean + c·completeness       size penalty s = 0.6^|N − G|
     accuracy = s · Σ w_k·score_k / Σ w_k
@@ -42,7 +44,9 @@ def blend_thresholds(
     is_active: NDArray[np.bool_],
     report: Matrix,
 ) -> float:
-    """Mean W(t) over the active thresholds; writes (mean, precision, recall) of the reported ones. per_threshold is [2, T]: ΣIoU, M."""
+    """Mean W(t) over the active thresholds; writes (mean, precision, recall) of the reported ones. per_threshold is [2,
+    T]: ΣIoU, M.
+    """
     num_active = 0
     blended = 0.0
     for t in range(is_active.shape[0]):
@@ -82,8 +86,9 @@ def score_samples(
 ) -> None:
     """Score S samples, each with at least one gold box, into out [S, 36].
 
-    Boxes [ΣN, 4], labels [ΣN], offsets [S+1]; weights [S, 6]; thresholds and is_active [T]; report_at: indices of reported thresholds.
-    Scores that no weight asks for are computed where is_full; the columns of the others stay as they came.
+    Boxes [ΣN, 4], labels [ΣN], offsets [S+1]; weights [S, 6]; thresholds and is_active [T]; report_at: indices of
+    reported thresholds. Scores that no weight asks for are computed where is_full; the columns of the others stay as
+    they came.
     """
     num_thresholds = thresholds.shape[0]
     per_threshold = np.empty((2, num_thresholds))
@@ -133,7 +138,9 @@ Side = tuple[list[float], list[int], list[int]]
 def run_kernel(
     predicted: Side, gold: Side, weights: list[list[float]], options: RewardOptions, progress: float
 ) -> list[list[float]]:
-    """Rows of 36 columns for S samples. A side is (flat coordinates, class ids, S+1 offsets); every sample has a gold box."""
+    """Rows of 36 columns for S samples. A side is (flat coordinates, class ids, S+1 offsets); every sample has a gold
+    box.
+    """
     active = options.threshold_at(progress)
     is_full = options.report == "full"
     thresholds, is_active, report_at = _threshold_plan(active, is_full)

@@ -1,8 +1,8 @@
 """Coordinate frames of boxes, and the way from one to another.
 
-`original_px`: pixels of the image as it lies in the data. `resized_px`: pixels of the image the model saw. `norm_1000`, `norm_1`:
-fractions of width and height, times 1000 or 1. Scaling an axis leaves IoU as it is, so a conversion changes no score by itself;
-leaving it out where frames differ makes every score wrong.
+`original_px`: pixels of the image as it lies in the data. `resized_px`: pixels of the image the model saw. `norm_1000`,
+`norm_1`: fractions of width and height, times 1000 or 1. Scaling an axis leaves IoU as it is, so a conversion changes
+no score by itself; leaving it out where frames differ makes every score wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def frame_extent(frame: Frame, original_size: Size | None, resized_size: Size | 
 
 
 def scale_between(source: Frame, target: Frame, original_size: Size | None, resized_size: Size | None) -> Size | None:
-    """Factors (x, y) that take coordinates from `source` to `target`; None where the frames are the same and no size is needed."""
+    """Factors (x, y) that take coordinates from `source` to `target`; None where the frames are the same and no size is
+    needed.
+    """
     if source == target:
         return None
     from_width, from_height = frame_extent(source, original_size, resized_size)

@@ -1,7 +1,7 @@
 """Intersection over union of boxes: the public pairwise functions, and the scalar kernels other kernels build on.
 
-Boxes are (x1, y1, x2, y2). The arithmetic is pycocotools': a pair without overlap, of zero area, with a NaN or with an area that
-overflows has IoU 0.
+Boxes are (x1, y1, x2, y2). The arithmetic is pycocotools': a pair without overlap, of zero area, with a NaN or with an
+area that overflows has IoU 0.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ def box_iou(a_xyxy: Matrix, b_xyxy: Matrix) -> float:
     union = area_a + area_b - shared
     if not (union > 0.0 and np.isfinite(union)):
         return 0.0
-    return shared / union
+    return float(shared / union)
 
 
 @compiled("float64(float64[:], float64[:])")
 def box_giou(a_xyxy: Matrix, b_xyxy: Matrix) -> float:
-    """Generalised IoU in [-1, 1] of two boxes of shape [4] (Rezatofighi et al. 2019, Eq. 1); -1 where the hull has no finite area."""
+    """Generalised IoU in [-1, 1] of two boxes of shape [4] (Rezatofighi et al. 2019, Eq. 1); -1 where the hull has no
+    finite area.
+    """
     width = max(0.0, min(a_xyxy[2], b_xyxy[2]) - max(a_xyxy[0], b_xyxy[0]))
     height = max(0.0, min(a_xyxy[3], b_xyxy[3]) - max(a_xyxy[1], b_xyxy[1]))
     shared = width * height
@@ -44,7 +46,7 @@ def box_giou(a_xyxy: Matrix, b_xyxy: Matrix) -> float:
     if not (hull > 0.0 and np.isfinite(hull)):
         return -1.0
     overlap = shared / union if union > 0.0 else 0.0
-    return overlap - (hull - union) / hull
+    return float(overlap - (hull - union) / hull)
 
 
 @compiled("float64[:, ::1](float64[:, ::1], float64[:, ::1])")

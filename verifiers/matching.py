@@ -1,7 +1,7 @@
 """Which prediction stands for which gold box: label-first, IoU-first and optimal, at many thresholds in one call.
 
-Every kernel takes IoU [N, G] and `agrees` [N, G] (same label), and writes per threshold t the total IoU and the number M of matches.
-Where labels differ a pair earns nothing: neither IoU nor a match.
+Every kernel takes IoU [N, G] and `agrees` [N, G] (same label), and writes per threshold t the total IoU and the number
+M of matches. Where labels differ a pair earns nothing: neither IoU nor a match.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def match_label_first(overlap: Matrix, agrees: Mask, thresholds: Matrix, total: 
 
 @compiled("void(float64[:, ::1], boolean[:, ::1], float64[:], float64[:], float64[:])")
 def match_iou_first(overlap: Matrix, agrees: Mask, thresholds: Matrix, total: Matrix, matches: Matrix) -> None:
-    """Repeatedly the globally best pair of unmatched boxes, until below t. Of equals, a same-label pair, then the lowest indices.
+    """Repeatedly the globally best pair of unmatched boxes, until below t. Of equals, a same-label pair, then the
+    lowest indices.
 
     The sequence of pairs is the same for every t, which only says where it stops: one pass serves all thresholds.
     """
@@ -88,8 +89,8 @@ def match_iou_first(overlap: Matrix, agrees: Mask, thresholds: Matrix, total: Ma
 def assign(value: Matrix) -> Indices:
     """The column of each row in an assignment of greatest total value; value is [R, C] with R ≤ C, finite.
 
-    Shortest augmenting paths with potentials (Jonker and Volgenant 1987), O(R²·C). Rows and columns count from 1 inside; column 0 is
-    the root of the path under construction.
+    Shortest augmenting paths with potentials (Jonker and Volgenant 1987), O(R²·C). Rows and columns count from 1
+    inside; column 0 is the root of the path under construction.
     """
     num_rows, num_columns = value.shape
     row_potential = np.zeros(num_rows + 1)
@@ -139,7 +140,9 @@ def assign(value: Matrix) -> Indices:
 def match_optimal(
     overlap: Matrix, agrees: Mask, same_label_only: bool, thresholds: Matrix, total: Matrix, matches: Matrix
 ) -> None:
-    """The assignment of greatest total IoU among pairs with IoU ≥ t: of equal labels only, or of any, credited where they agree."""
+    """The assignment of greatest total IoU among pairs with IoU ≥ t: of equal labels only, or of any, credited where
+    they agree.
+    """
     num_predictions, num_golds = overlap.shape
     wide = num_predictions <= num_golds
     num_rows, num_columns = (num_predictions, num_golds) if wide else (num_golds, num_predictions)

@@ -1,10 +1,12 @@
 """Exact answers judged by math-verify: math, puzzle, science, chart, counting and OCR samples.
 
-The prediction is read with LaTeX extraction, boxed first; the gold answer with the library's default extraction, first match. Plain
-numbers and words are decided without sympy (verifiers.plain_answers); everything else goes through math-verify once per distinct pair.
+The prediction is read with LaTeX extraction, boxed first; the gold answer with the library's default extraction, first
+match. Plain numbers and words are decided without sympy (verifiers.plain_answers); everything else goes through
+math-verify once per distinct pair.
 
-sympy can hang or eat memory on hostile input and offers no way to stop it: scoring happens in a process that its owner may kill
-(verifiers.pool). In the main thread of a process without such an owner an interval timer ends what Python can interrupt.
+sympy can hang or eat memory on hostile input and offers no way to stop it: scoring happens in a process that its owner
+may kill (verifiers.pool). In the main thread of a process without such an owner an interval timer ends what Python can
+interrupt.
 """
 
 from __future__ import annotations
@@ -104,6 +106,6 @@ class MathVerify:
             raise GoldError("math-verify ran out of recursion depth") from error
         return Outcome(accuracy, status="bad_answer" if reason == NOTHING_FOUND else "ok", reason=reason)
 
-    def gold_response(self, gold: str, params: MathParams) -> str:
+    def gold_response(self, gold: str, params: MathParams, context: Context) -> str:
         """The gold answer as a model should give it."""
         return gold if "\\boxed" in gold else f"\\boxed{{{gold}}}"

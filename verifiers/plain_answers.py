@@ -1,7 +1,7 @@
 """Answers so plain that math-verify's verdict on them is known without running it: integers, decimals, single words.
 
-What is returned here must be what math-verify 0.9 returns; tests compare the two on tens of thousands of generated pairs. Whatever is
-not certain is None, and the caller asks the library.
+What is returned here must be what math-verify 0.9 returns; tests compare the two on tens of thousands of generated
+pairs. Whatever is not certain is None, and the caller asks the library.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-# At most six decimals, math-verify's rounding: within them two numbers round to the same value exactly if they are equal. Fifteen
-# digits in all are exact in a double.
+# At most six decimals, math-verify's rounding: within them two numbers round to the same value exactly if they are
+# equal. Fifteen digits in all are exact in a double.
 _NUMBER = re.compile(r"-?\d{1,9}(?:\.\d{1,6})?", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]{2,24}", re.ASCII)
 _BOXED = re.compile(r"\\boxed\{([^{}\\$]+)\}")
@@ -20,10 +20,12 @@ _REWRITTEN = re.compile(r"and|or|inf|sqrt|percent|pct|d[a-z]", re.IGNORECASE)
 
 
 def boxed_answer(response: str) -> str | None:
-    """The content of the response's only box, where math-verify's extraction provably reads that and nothing else; else None.
+    """The content of the response's only box, where math-verify's extraction provably reads that and nothing else; else
+    None.
 
-    Its highest-ranked patterns are a box up to the response's last brace, mathematics that encloses a box, and 'final answer is … I
-    hope'. With one box, no brace after it, and no mathematics closing after it (but for a `$` directly around the box), only the box is left.
+    Its highest-ranked patterns are a box up to the response's last brace, mathematics that encloses a box, and 'final
+    answer is … I hope'. With one box, no brace after it, and no mathematics closing after it (but for a `$` directly
+    around the box), only the box is left.
     """
     start = response.rfind("\\boxed{")
     if (

@@ -3,9 +3,10 @@
     @verifier("exact")
     def exact(response: str, gold: str, params: ExactParams, context: Context) -> Outcome: ...
 
-The third argument's annotation is the parameter struct. A class registers the same way, with a method `score` of that signature, and may
-add `score_batch(tasks)`, `gold_response(gold, params)` and `check(gold, params, context)`. Other packages register through the
-entry-point group `vtriune.verifiers`: each entry names a module to import. An unknown name or parameter is a SpecError with the nearest one.
+The third argument's annotation is the parameter struct. A class registers the same way, with a method `score` of that
+signature, and may add `score_batch(tasks)`, `gold_response(gold, params, context)` and `check(gold, params, context)`. Other
+packages register through the entry-point group `vtriune.verifiers`: each entry names a module to import. An unknown
+name or parameter is a SpecError with the nearest one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Literal, Protocol, TypeVar, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, cast, get_type_hints
 
 import msgspec
 
@@ -40,7 +41,9 @@ ENTRY_POINTS = "vtriune.verifiers"
 
 
 class SpecError(ValueError):
-    """A row's reward set-up is wrong: unknown verifier or parameter, a value outside its range. The message says what to change."""
+    """A row's reward set-up is wrong: unknown verifier or parameter, a value outside its range. The message says what
+    to change.
+    """
 
 
 class GoldError(ValueError):
@@ -84,7 +87,7 @@ class Implementation(Protocol):
     is_vectorised: bool
 
     def score_batch(self, tasks: Sequence[Task]) -> list[Outcome | Exception]: ...
-    def gold_response(self, gold: str, params: Any) -> str: ...
+    def gold_response(self, gold: str, params: Any, context: Context) -> str: ...
     def check(self, gold: str, params: Any, context: Context) -> str | None: ...
 
 
@@ -93,7 +96,7 @@ class _Registered:
 
     def __init__(self, name: str, target: Any) -> None:
         made = target() if inspect.isclass(target) else target
-        self.score: Callable[..., Outcome] = getattr(made, "score", made)
+        self.score = cast("Callable[..., Outcome]", getattr(made, "score", made))
         signature = list(inspect.signature(self.score).parameters)
         if len(signature) != 4:
             raise TypeError(f"verifier {name!r} must take (response, gold, params, context), not {signature}")
@@ -103,7 +106,7 @@ class _Registered:
         self.params_type: type[msgspec.Struct] = params_type
         self.is_vectorised = hasattr(made, "score_batch")
         self._batch: Callable[[Sequence[Task]], list[Outcome | Exception]] | None = getattr(made, "score_batch", None)
-        self._gold_response: Callable[[str, Any], str] | None = getattr(made, "gold_response", None)
+        self._gold_response: Callable[[str, Any, Context], str] | None = getattr(made, "gold_response", None)
         self._check: Callable[[str, Any, Context], str | None] | None = getattr(made, "check", None)
 
     def score_batch(self, tasks: Sequence[Task]) -> list[Outcome | Exception]:
@@ -113,13 +116,14 @@ class _Registered:
         for task in tasks:
             try:
                 out.append(self.score(task.response, task.gold, task.params, task.context))
-            # A verifier may raise anything; the caller turns it into this sample's fault and the others keep their scores.
+            # A verifier may raise anything; the caller turns it into this sample's fault and the others keep their
+            # scores.
             except Exception as error:
                 out.append(error)
         return out
 
-    def gold_response(self, gold: str, params: Any) -> str:
-        answer = gold if self._gold_response is None else self._gold_response(gold, params)
+    def gold_response(self, gold: str, params: Any, context: Context) -> str:
+        answer = gold if self._gold_response is None else self._gold_response(gold, params, context)
         return f"<think>\n</think>\n<answer>\n{answer}\n</answer>"
 
     def check(self, gold: str, params: Any, context: Context) -> str | None:
@@ -171,7 +175,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def params_of(spec: RewardSpec, implementation: Implementation) -> Any:
-    """The row's parameters as the verifier's struct; nulls count as absent. SpecError for an unknown key or a value that does not fit."""
+    """The row's parameters as the verifier's struct; nulls count as absent. SpecError for an unknown key or a value
+    that does not fit.
+    """
     given = spec.verifier_parm or {}
     fields = implementation.params_type.__struct_fields__
     kept = {}
@@ -180,9 +186,8 @@ def params_of(spec: RewardSpec, implementation: Implementation) -> Any:
             if value is not None:
                 kept[key] = value
         elif value is not None and key not in SCHEMA_KEYS:
-            raise SpecError(
-                f"verifier {spec.verifier!r} has no parameter {key!r}{nearest(key, fields)}; it has {list(fields)}"
-            )
+            hint = nearest(key, fields)
+            raise SpecError(f"verifier {spec.verifier!r} has no parameter {key!r}{hint}; it has {list(fields)}")
     try:
         return msgspec.convert(kept, implementation.params_type, strict=False)
     except msgspec.ValidationError as error:

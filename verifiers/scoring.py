@@ -1,7 +1,7 @@
 """The front of the library: one response or many, scored by whatever verifier each row names.
 
-Scores go through one path, whoever calls: the pool, the checks at data load, the offline rescorer. Options are a process-wide default
-that `configure` sets, or a keyword argument.
+Scores go through one path, whoever calls: the pool, the checks at data load, the offline rescorer. Options are a
+process-wide default that `configure` sets, or a keyword argument.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def current_options() -> RewardOptions:
 def score(
     response: str, spec: RewardSpec, progress: float | None = 1.0, *, options: RewardOptions | None = None
 ) -> Verdict:
-    """The verdict on one response. `progress` in [0, 1] is the share of training done; None means evaluation, with a fixed threshold.
+    """The verdict on one response. `progress` in [0, 1] is the share of training done; None means evaluation, with a
+    fixed threshold.
 
     Raises nothing for any response, gold answer or row: what cannot be judged is a `fault` with its reason.
     """
@@ -51,8 +52,8 @@ def score_batch(
 ) -> list[Verdict]:
     """Verdicts in the order of the responses; see `score`. ValueError where the two lengths differ.
 
-    Samples of one vectorised verifier are scored in one kernel call. A group may pass the same spec object for each completion: its
-    parameters are then read once.
+    Samples of one vectorised verifier are scored in one kernel call. A group may pass the same spec object for each
+    completion: its parameters are then read once.
     """
     if len(responses) != len(specs):
         raise ValueError(f"{len(responses)} responses for {len(specs)} specs")
@@ -120,7 +121,8 @@ def _verdict(response: str, spec: RewardSpec, outcome: Outcome | Exception, opti
 
 
 def validate_spec(spec: RewardSpec, *, options: RewardOptions | None = None) -> str | None:
-    """What is wrong with a row's reward set-up, in one sentence, or None: unknown verifier or parameter, weights that sum to 0, no gold.
+    """What is wrong with a row's reward set-up, in one sentence, or None: unknown verifier or parameter, weights that
+    sum to 0, no gold.
 
     Scores nothing; `check_gold` does.
     """
@@ -134,7 +136,8 @@ def validate_spec(spec: RewardSpec, *, options: RewardOptions | None = None) -> 
 
 
 def check_gold(spec: RewardSpec, *, options: RewardOptions | None = None) -> str | None:
-    """None if the gold answer, given in the form a model should give it, scores accuracy 1 through the real path; else what it scores.
+    """None if the gold answer, given in the form a model should give it, scores accuracy 1 through the real path; else
+    what it scores.
 
     Data load and `--dry-run` call it on every row before anything is trained on.
     """
@@ -142,7 +145,8 @@ def check_gold(spec: RewardSpec, *, options: RewardOptions | None = None) -> str
     if problem is not None:
         return problem
     implementation, params = _read(spec)
-    response = implementation.gold_response(spec.gold, params)
+    context = Context(options or _process_options, 1.0)
+    response = implementation.gold_response(spec.gold, params, context)
     verdict = score(response, spec, options=options)
     if verdict.status == "fault":
         return verdict.reason
@@ -152,7 +156,9 @@ def check_gold(spec: RewardSpec, *, options: RewardOptions | None = None) -> str
 
 
 def is_correct(verdict: Verdict, spec: RewardSpec, *, options: RewardOptions | None = None) -> bool:
-    """Whether an answer counts as correct in the metrics: accuracy ≥ 1 − 1e-6, or for detection the configured component's threshold."""
+    """Whether an answer counts as correct in the metrics: accuracy ≥ 1 − 1e-6, or for detection the configured
+    component's threshold.
+    """
     if verdict.status == "fault":
         return False
     chosen = options or _process_options
@@ -163,7 +169,9 @@ def is_correct(verdict: Verdict, spec: RewardSpec, *, options: RewardOptions | N
 
 
 def spec_from_row(reward_model: dict[str, Any]) -> RewardSpec:
-    """The spec of a row's `reward_model` struct as Parquet gives it; nulls take the field's default. SpecError where a type does not fit."""
+    """The spec of a row's `reward_model` struct as Parquet gives it; nulls take the field's default. SpecError where a
+    type does not fit.
+    """
     try:
         return msgspec.convert({key: value for key, value in reward_model.items() if value is not None}, RewardSpec)
     except msgspec.ValidationError as error:

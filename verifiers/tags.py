@@ -18,7 +18,9 @@ def tag_format(response: str, kind: Literal["tags", "tags_with_newlines"]) -> fl
 
 
 def tagged_text(response: str) -> str:
-    """The text a verifier reads an answer from: inside the last pair of answer tags, the whole response where there is none."""
+    """The text a verifier reads an answer from: inside the last pair of answer tags, the whole response where there is
+    none.
+    """
     close = response.rfind("</answer>")
     start = response.rfind("<answer>", 0, close) if close >= 0 else response.rfind("<answer>")
     if start < 0:

@@ -1,4 +1,5 @@
-"""The reward library's vocabulary: what a sample asks of a verifier, what a verifier answers, and the options of `rewards.*`.
+"""The reward library's vocabulary: what a sample asks of a verifier, what a verifier answers, and the options of
+`rewards.*`.
 
 Imported by every other part of the system. No numpy, no numba: it loads in milliseconds.
 """
@@ -13,15 +14,16 @@ import msgspec
 Status = Literal["ok", "bad_answer", "fault"]
 Frame = Literal["original_px", "resized_px", "norm_1000", "norm_1"]
 
-# (progress, threshold): the first pair whose progress is not yet passed gives the threshold (Dynamic IoU, arXiv 2505.18129 §3.3).
+# (progress, threshold): the first pair whose progress is not yet passed gives the threshold (Dynamic IoU, arXiv
+# 2505.18129 §3.3).
 PAPER_SCHEDULE: tuple[tuple[float, float], ...] = ((0.10, 0.85), (0.25, 0.95), (1.0, 0.99))
 
 
 class RewardSpec(msgspec.Struct, frozen=True):
     """One sample's reward set-up: the row's `reward_model`.
 
-    `ground_truth` is the gold answer; where it is empty, `answer` is. `verifier_parm` holds the verifier's parameters as the row has
-    them; a null value counts as absent.
+    `ground_truth` is the gold answer; where it is empty, `answer` is. `verifier_parm` holds the verifier's parameters
+    as the row has them; a null value counts as absent.
     """
 
     answer: str = ""
@@ -36,11 +38,12 @@ class RewardSpec(msgspec.Struct, frozen=True):
         return self.ground_truth or self.answer
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class Verdict(msgspec.Struct, frozen=True, gc=False):
     """A verifier's answer on one response.
 
-    `ok` and `bad_answer` (the model's fault) carry scores in [0, 1]. `fault` (timeout, crash, bad gold, an exception in a verifier)
-    says nothing about the response: its scores are NaN, so that whoever forgets to mask it cannot take it for a zero.
+    `ok` and `bad_answer` (the model's fault) carry scores in [0, 1]. `fault` (timeout, crash, bad gold, an exception in
+    a verifier) says nothing about the response: its scores are NaN, so that whoever forgets to mask it cannot take it
+    for a zero.
     """
 
     status: Status
@@ -63,7 +66,8 @@ class OptionsError(ValueError):
 class RewardOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything under `rewards.*` that changes a score. One set per process (`verifiers.configure`) or per call.
 
-    iou_threshold       a number, `average` (mean over .50, .55, … .95, .99) or `dynamic` (iou_schedule, by training progress)
+    iou_threshold       a number, `average` (mean over .50, .55, … .95, .99) or `dynamic` (iou_schedule, by training
+    progress)
     iou_schedule        pairs (progress, threshold), progress rising to 1.0
     matching            `greedy` (the paper's) or `optimal` (maximum total IoU, same label rules)
     report              `full` computes every component; `weighted` only what the row weighs, plus IoU at .50
