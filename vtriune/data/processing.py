@@ -1,0 +1,326 @@
+"""The one owner of preprocessing: sample → chat-templated text, resized images, token ids, pixel features.
+
+The generator asks for `prepare` and `prompt_ids_for_engine` (vLLM expands the placeholders itself), the learner for `features`,
+the checks at load for `token_bound`. Both sides hand the same prepared images to the same Hugging Face image processor exactly
+once, under the same pixel bounds (`mm_processor_kwargs`), and `check_expansion` compares what came out.
+
+    sample ──prepare──▶ Prompt(text with one pad per image, RGB images on the patch grid)
+                          ├─ prompt_ids_for_engine ─▶ [… <pad> …]           one id per image, for vLLM
+                          └─ features ─────────────▶ [… <pad>×16 …], pixel_values, image_grid_thw
+
+transformers is imported when a Preprocessor is made, so that importing this module stays light.
+"""
+
+import io
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vtriune.data.prompt_pool import ANSWER_SENTENCES, REASONING_SENTENCES, append_cot
+from vtriune.data.schema import IMAGE_MARKER, DataError, Sample, Turn
+
+_LONGEST_SENTENCES = f" {max(REASONING_SENTENCES, key=len)} {max(ANSWER_SENTENCES, key=len)}"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Prompt:
+    """What both sides make their inputs of. `text` holds exactly one image pad per image of `images`, in order."""
+
+    text: str
+    images: list[Image.Image]
+    """RGB, sides multiples of patch_size · merge_size, area within [min_pixels, max_pixels]."""
+    where: str
+    """Names the sample in errors."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PromptFeatures:
+    """Learner's input of one prompt of P tokens with N images."""
+
+    prompt_ids: np.ndarray
+    """int32 (P,), one pad id per merged image token"""
+    pixel_values: np.ndarray
+    """float32 (num_patches, patch_dim), patches of all images; (0, patch_dim) without images"""
+    image_grid_thw: np.ndarray
+    """int64 (N, 3): frames, patch rows, patch columns"""
+
+
+class Preprocessor:
+    """Tokenizer, chat template and image processor of one model folder, under fixed pixel bounds.
+
+    model_path        a Hugging Face folder with tokenizer, chat template and (for images) processor
+    min/max_pixels    bounds of an image's area after resizing, px²
+    max_prompt_tokens longest prompt, image tokens included; a longer one is refused, never truncated
+    Raises DataError when the folder holds no usable processor.
+    """
+
+    def __init__(self, model_path: str | Path, min_pixels: int, max_pixels: int, max_prompt_tokens: int) -> None:
+        self.model_path = str(model_path)
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+        self.max_prompt_tokens = max_prompt_tokens
+        processor = _load_processor(self.model_path)
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._chat = processor if getattr(processor, "chat_template", None) else self._tokenizer
+        if not getattr(self._chat, "chat_template", None):
+            raise DataError(
+                f"{model_path}: has no chat template; save the model's chat_template.jinja beside its tokenizer"
+            )
+        self._image_processor: Any = getattr(processor, "image_processor", None)
+        self._image_token: str = getattr(processor, "image_token", "<|image_pad|>")
+        self.image_token_id: int = self._id_of(self._image_token)
+        self.video_token_id: int = self._id_of(getattr(processor, "video_token", "<|video_pad|>"))
+        _check_ids_of_config(Path(self.model_path), self.image_token_id, self.video_token_id)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer, as transformers loads it."""
+        return self._tokenizer
+
+    @property
+    def pad_token_ids(self) -> list[int]:
+        """Ids of the image and video pads that exist in the vocabulary: a response must not contain them."""
+        return [token for token in (self.image_token_id, self.video_token_id) if token >= 0]
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Ids that end a response: the tokenizer's end and those of generation_config.json."""
+        ends = {self._tokenizer.eos_token_id, *_generation_ends(Path(self.model_path))}
+        return sorted(token for token in ends if token is not None)
+
+    def mm_processor_kwargs(self) -> dict[str, Any]:
+        """What vLLM's `mm_processor_kwargs` must be for its image processor to resize as ours does."""
+        return {"size": self._size()} if self._image_processor is not None else {}
+
+    def prepare(self, sample: Sample, prompt_seed: int | None = None) -> Prompt:
+        """Text and images of `sample`; `prompt_seed` draws the prompt-pool sentences of a mathverify sample, None adds none.
+
+        Raises DataError for a broken image, a marker count that differs from the images, or a prompt over the limit.
+        """
+        where = _where(sample)
+        turns = sample.prompt
+        if prompt_seed is not None and sample.reward.verifier == "mathverify":
+            last = turns[-1]
+            turns = [*turns[:-1], Turn(last.role, append_cot(last.content, random.Random(prompt_seed)))]
+        images = [self._resized(_decode(data, f"{where}: images[{index}]")) for index, data in enumerate(sample.images)]
+        prompt = Prompt(self._text(turns, len(images), where), images, where)
+        length = self.num_tokens(prompt)
+        if length > self.max_prompt_tokens:
+            raise DataError(_too_long(where, length, self.max_prompt_tokens))
+        return prompt
+
+    def prompt_ids_for_engine(self, prompt: Prompt) -> list[int]:
+        """Token ids with one pad per image; vLLM replaces each by as many pads as the image has merged tokens."""
+        ids: list[int] = self._tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        num_pads = ids.count(self.image_token_id)
+        if num_pads != len(prompt.images):
+            raise DataError(
+                f"{prompt.where}: the prompt tokenizes to {num_pads} image pads for {len(prompt.images)} images; "
+                f"its text must not contain {self._image_token}"
+            )
+        return ids
+
+    def features(self, prompt: Prompt) -> PromptFeatures:
+        """Expanded ids, patches and grids of `prompt`; see PromptFeatures for shapes.
+
+        Raises DataError when the number of pads differs from the number of merged patches.
+        """
+        ids = self.prompt_ids_for_engine(prompt)
+        if not prompt.images:
+            empty = np.zeros((0, self._patch_dim()), np.float32)
+            return PromptFeatures(np.asarray(ids, np.int32), empty, np.zeros((0, 3), np.int64))
+        batch = self._image_processor(images=prompt.images, size=self._size(), return_tensors="np")
+        grid = np.asarray(batch["image_grid_thw"], np.int64)
+        pixels = np.ascontiguousarray(batch["pixel_values"], np.float32)
+        merge = self._image_processor.merge_size**2
+        counts = (grid.prod(axis=1) // merge).tolist()
+        if counts != [self._num_image_tokens(*image.size) for image in prompt.images] or sum(counts) * merge != len(
+            pixels
+        ):
+            raise DataError(
+                f"{prompt.where}: the image processor made {len(pixels)} patches and grids {grid.tolist()} where image sizes "
+                f"{[image.size for image in prompt.images]} ask for "
+                f"{[self._num_image_tokens(*image.size) for image in prompt.images]} merged tokens"
+            )
+        return PromptFeatures(self._expand(ids, counts), pixels, grid)
+
+    def num_tokens(self, prompt: Prompt) -> int:
+        """P of the expanded prompt, without touching pixels."""
+        ids = self.prompt_ids_for_engine(prompt)
+        return len(ids) + sum(self._num_image_tokens(*image.size) - 1 for image in prompt.images)
+
+    def check_expansion(self, prompt: Prompt, engine_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Our expanded ids, int32 (P,), when the engine's equal them; DataError naming the first difference otherwise."""
+        ours = self._expand(
+            self.prompt_ids_for_engine(prompt), [self._num_image_tokens(*i.size) for i in prompt.images]
+        )
+        theirs = np.asarray(engine_ids, np.int32)
+        if np.array_equal(ours, theirs):
+            return ours
+        shared = min(len(ours), len(theirs))
+        differing = np.flatnonzero(ours[:shared] != theirs[:shared])
+        first = int(differing[0]) if len(differing) else shared
+        raise DataError(
+            f"{prompt.where}: the engine expanded the prompt to {len(theirs)} ids with "
+            f"{int((theirs == self.image_token_id).sum())} image pads, ours has {len(ours)} with "
+            f"{int((ours == self.image_token_id).sum())}; they differ from position {first}. "
+            f"Start the engine with mm_processor_kwargs={self.mm_processor_kwargs()}"
+        )
+
+    def token_bound(self, sample: Sample, prompt_pool: bool) -> int:
+        """Upper bound on the expanded prompt's tokens over all prompt seeds, from image headers alone (nothing is decoded).
+
+        Exact when the bound matters: only a prompt whose UTF-8 length (no token is shorter than a byte, normalisation grows
+        text at most threefold) could exceed the limit is tokenized.
+        """
+        turns = sample.prompt
+        if prompt_pool and sample.reward.verifier == "mathverify":
+            turns = [*turns[:-1], Turn(turns[-1].role, turns[-1].content + _LONGEST_SENTENCES)]
+        where = _where(sample)
+        text = self._text(turns, len(sample.images), where)
+        sizes = [_header_size(data, f"{where}: images[{index}]") for index, data in enumerate(sample.images)]
+        of_images = sum(self._num_image_tokens(*self._grid_size(*size, where)) - 1 for size in sizes)
+        bound = 3 * len(text.encode()) + of_images
+        if bound <= self.max_prompt_tokens:
+            return bound
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"]) + of_images
+
+    def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
+        """A response's text: everything sampled, special tokens included, but for the end tokens at its end."""
+        ids = [int(token) for token in token_ids]
+        ends = set(self.end_token_ids)
+        while ids and ids[-1] in ends:
+            ids.pop()
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _text(self, turns: Sequence[Turn], num_images: int, where: str) -> str:
+        num_markers = sum(turn.content.count(IMAGE_MARKER) for turn in turns if turn.role == "user")
+        if num_markers != num_images:
+            raise DataError(f"{where}: the prompt has {num_markers} {IMAGE_MARKER} markers for {num_images} images")
+        messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
+        text: str = self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def _expand(self, ids: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+        """int32 (P,): the i-th pad of `ids` repeated counts[i] times."""
+        array = np.asarray(ids, np.int32)
+        repeats = np.ones(len(array), np.int64)
+        repeats[array == self.image_token_id] = counts
+        return np.repeat(array, repeats)
+
+    def _size(self) -> dict[str, int]:
+        return {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+
+    def _patch_dim(self) -> int:
+        owner = self._image_processor
+        return 0 if owner is None else 3 * owner.temporal_patch_size * owner.patch_size**2
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        """One resampling, from the file's pixels straight to the patch grid.
+
+        Scaling into the bounds first and letting the processor round to the grid afterwards would resample twice.
+        """
+        size = self._grid_size(*image.size, "image")
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+    def _grid_size(self, width: int, height: int, where: str) -> tuple[int, int]:
+        """(width, height) after scaling by the square-root ratio into the pixel bounds and rounding to the patch grid."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        if self._image_processor is None:
+            raise DataError(
+                f"{where}: has images, but {self.model_path} has no image processor; use a vision-language model"
+            )
+        factor = self._image_processor.patch_size * self._image_processor.merge_size
+        try:
+            rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+        except ValueError as error:
+            raise DataError(f"{where}: image of {width}x{height} px: {error}") from error
+        return columns, rows
+
+    def _num_image_tokens(self, width: int, height: int) -> int:
+        """Merged tokens the image processor makes of a prepared image."""
+        columns, rows = self._grid_size(width, height, "image")
+        side: int = self._image_processor.patch_size * self._image_processor.merge_size
+        return columns * rows // side**2
+
+    def _id_of(self, token: str) -> int:
+        found = self._tokenizer.convert_tokens_to_ids(token)
+        return -1 if found is None or found == self._tokenizer.unk_token_id else int(found)
+
+
+def _load_processor(model_path: str) -> Any:
+    from vtriune.torchvision_schemas import define_missing_schemas
+
+    define_missing_schemas()
+    from transformers import AutoProcessor
+
+    factory: Any = AutoProcessor
+    try:
+        return factory.from_pretrained(model_path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{model_path}: no processor can be loaded ({error}); save the model's processor there"
+        ) from error
+
+
+def _check_ids_of_config(folder: Path, image_token_id: int, video_token_id: int) -> None:
+    """The model must expand the very ids that the tokenizer writes."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    for key, ours in (("image_token_id", image_token_id), ("video_token_id", video_token_id)):
+        if config.get(key, ours) != ours:
+            raise DataError(
+                f"{path}: {key} is {config[key]}, but the folder's tokenizer says {ours}; one of them is of another model"
+            )
+
+
+def _generation_ends(folder: Path) -> list[int]:
+    path = folder / "generation_config.json"
+    ends = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def _content(turn: Turn) -> str | list[dict[str, str]]:
+    """Text and images of a user turn in the chat template's form; turns without images stay text."""
+    if turn.role != "user" or IMAGE_MARKER not in turn.content:
+        return turn.content
+    first, *rest = turn.content.split(IMAGE_MARKER)
+    parts = [{"type": "text", "text": first}]
+    for text in rest:
+        parts += [{"type": "image"}, {"type": "text", "text": text}]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _decode(data: bytes, where: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more on damaged files.
+        raise DataError(f"{where} cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _header_size(data: bytes, where: str) -> tuple[int, int]:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except Exception as error:
+        # As in _decode: a damaged header raises whatever its decoder happens to raise.
+        raise DataError(f"{where} cannot be opened ({type(error).__name__}: {error})") from error
+
+
+def _too_long(where: str, length: int, limit: int) -> str:
+    return f"{where}: the prompt has {length} tokens, images included; data.max_prompt_tokens is {limit}"
+
+
+def _where(sample: Sample) -> str:
+    name = f"sample {sample.sample_id!r} of {sample.source}" if sample.sample_id else f"a sample of {sample.source}"
+    return name if sample.row < 0 else f"row {sample.row} ({name})"
