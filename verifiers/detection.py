@@ -129,7 +129,9 @@ class _Batch:
         self.indices.append(index)
 
     def _class_id(self, label: str) -> int:
-        """Equal numbers for labels that are the same but for surrounding spaces, and for case where the options fold it."""
+        """Equal numbers for labels that are the same but for surrounding spaces, and for case where the options fold
+        it.
+        """
         known = self._classes.get(label)
         if known is None:
             plain = label.strip().lower() if self._fold_case else label.strip()
@@ -180,6 +182,8 @@ def _empty_gold(answer: Answer, are_tags_single: bool) -> Outcome:
 @verifier("detection")
 class Detection:
     """The detection verifier; vectorised over a batch whose samples share options and progress."""
+
+    is_bounded = True
 
     def score(self, response: str, gold: str, params: DetectionParams, context: Context) -> Outcome:
         result = self.score_batch([Task(response, gold, params, context)])[0]

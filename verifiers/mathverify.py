@@ -18,11 +18,11 @@ from typing import Any
 import msgspec
 
 from verifiers.deadline import DeadlineError, deadline
-from verifiers.plain_answers import boxed_answer, decide
-from verifiers.registry import Context, GoldError, Outcome, verifier
-from verifiers.types import RewardOptions
+from verifiers.plain_answers import boxed_answer, decide, is_readable
+from verifiers.registry import Context, GoldError, Outcome, Task, verifier
 
 NOTHING_FOUND = "no LaTeX answer found"
+MAX_CACHED_CHARS = 1_024
 WRONG = "differs from the gold answer"
 
 
@@ -55,9 +55,8 @@ def parse_prediction(response: str) -> list[Any]:
     return list(library.parse(response, extraction_config=targets, parsing_timeout=None))
 
 
-@lru_cache(maxsize=65_536)
-def judge(gold: str, answer: str, tolerance: float) -> tuple[float, str]:
-    """(accuracy, reason) of one pair through the library, cached. GoldError where the gold answer cannot be read."""
+def judge_anew(gold: str, answer: str, tolerance: float) -> tuple[float, str]:
+    """(accuracy, reason) of one pair through the library. GoldError where the gold answer cannot be read."""
     golds = parse_gold(gold)
     if not golds:
         raise GoldError(f"math-verify finds no answer in the gold {gold[:200]!r}; write a word as \\boxed{{word}}")
@@ -71,6 +70,10 @@ def judge(gold: str, answer: str, tolerance: float) -> tuple[float, str]:
     return 0.0, WRONG
 
 
+# Only answers of at most MAX_CACHED_CHARS go through it, which bounds its memory.
+judge = lru_cache(maxsize=16_384)(judge_anew)
+
+
 def is_close(gold: Any, prediction: Any, tolerance: float) -> bool:
     """Both are real numbers and differ by at most `tolerance` times the gold's magnitude."""
     try:
@@ -80,31 +83,55 @@ def is_close(gold: Any, prediction: Any, tolerance: float) -> bool:
     return abs(expected - found) <= tolerance * abs(expected)
 
 
+def _folded(task: Task) -> tuple[str, str]:
+    params: MathParams = task.params
+    fold = task.context.options.fold_case if params.fold_case is None else params.fold_case
+    return (task.response.lower(), task.gold.lower()) if fold else (task.response, task.gold)
+
+
+def _tolerance(task: Task) -> float:
+    given: float | None = task.params.numeric_tolerance
+    return task.context.options.numeric_tolerance if given is None else given
+
+
 @verifier("mathverify")
 class MathVerify:
     """`R_acc` = 1 if math-verify finds the prediction equal to the gold answer, else 0."""
 
     def score(self, response: str, gold: str, params: MathParams, context: Context) -> Outcome:
-        options: RewardOptions = context.options
-        fold = options.fold_case if params.fold_case is None else params.fold_case
-        tolerance = options.numeric_tolerance if params.numeric_tolerance is None else params.numeric_tolerance
-        if fold:
-            response, gold = response.lower(), gold.lower()
+        task = Task(response, gold, params, context)
+        known = self.score_at_once(task)
+        if known is not None:
+            return known
+        gold, text, tolerance = self.cache_key(task)
+        limit_s = context.options.deadline_s
+        try:
+            with deadline(limit_s):
+                judged = (
+                    judge(gold, text, tolerance) if len(text) <= MAX_CACHED_CHARS else judge_anew(gold, text, tolerance)
+                )
+        except DeadlineError as error:
+            raise TimeoutError(f"math-verify took longer than {limit_s:g} s") from error
+        accuracy, reason = judged
+        return Outcome(accuracy, status="bad_answer" if reason == NOTHING_FOUND else "ok", reason=reason)
+
+    def score_at_once(self, task: Task) -> Outcome | None:
+        """The outcome of plain numbers and words, and of a response without any mathematics in it."""
+        response, gold = _folded(task)
         answer = boxed_answer(response)
-        if answer is not None and tolerance == 0.0:
+        if answer is not None and _tolerance(task) == 0.0:
             verdict = decide(gold, answer)
             if verdict is not None:
                 return Outcome(float(verdict), reason="" if verdict else WRONG)
-        # A lone box decides by itself: its text keys the cache, so that a group's equal answers are judged once.
-        text = response if answer is None else f"\\boxed{{{answer}}}"
-        try:
-            with deadline(options.deadline_s):
-                accuracy, reason = judge(gold, text, tolerance)
-        except DeadlineError as error:
-            raise TimeoutError(f"math-verify took longer than {options.deadline_s:g} s") from error
-        except RecursionError as error:
-            raise GoldError("math-verify ran out of recursion depth") from error
-        return Outcome(accuracy, status="bad_answer" if reason == NOTHING_FOUND else "ok", reason=reason)
+        if "\\" not in response and "$" not in response and "[" not in response and is_readable(gold):
+            return Outcome(0.0, status="bad_answer", reason=NOTHING_FOUND)
+        return None
+
+    def cache_key(self, task: Task) -> tuple[str, str, float]:
+        """Gold, answer, tolerance. A lone box decides by itself, so a group's equal answers have one key."""
+        response, gold = _folded(task)
+        answer = boxed_answer(response)
+        return gold, response if answer is None else f"\\boxed{{{answer}}}", _tolerance(task)
 
     def gold_response(self, gold: str, params: MathParams, context: Context) -> str:
         """The gold answer as a model should give it."""

@@ -65,3 +65,9 @@ def decide(gold: str, answer: str) -> bool | None:
         if sorted(expected) != sorted(answer) and not _REWRITTEN.search(expected) and not _REWRITTEN.search(answer):
             return False
     return None
+
+
+def is_readable(gold: str) -> bool:
+    """Whether math-verify certainly finds an answer in the gold: a plain number, or a box around a number or a word."""
+    boxed = _BOXED.fullmatch(gold)
+    return bool(_NUMBER.fullmatch(boxed[1] if boxed else gold) or (boxed and _WORD.fullmatch(boxed[1])))

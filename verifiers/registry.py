@@ -4,9 +4,15 @@
     def exact(response: str, gold: str, params: ExactParams, context: Context) -> Outcome: ...
 
 The third argument's annotation is the parameter struct. A class registers the same way, with a method `score` of that
-signature, and may add `score_batch(tasks)`, `gold_response(gold, params, context)` and `check(gold, params, context)`. Other
-packages register through the entry-point group `vtriune.verifiers`: each entry names a module to import. An unknown
-name or parameter is a SpecError with the nearest one.
+signature, and may add:
+    is_bounded      true where its time is bounded by the response's length: the pool may score it without a worker
+    score_batch     many tasks at once
+    score_at_once   the outcome of a task where it is known in microseconds, else None
+    cache_key       what a task's outcome depends on
+    gold_response   the gold answer as a model should give it
+    check           what is wrong with a row, apart from its gold answer
+Other packages register through the entry-point group `vtriune.verifiers`: each entry names a module to import. An
+unknown name or parameter is a SpecError with the nearest one.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, Literal, Protocol, TypeVar, cast, get_type_hints
 
@@ -84,9 +90,11 @@ class Implementation(Protocol):
     """What the registry holds for a name, whether it came from a function or a class."""
 
     params_type: type[msgspec.Struct]
-    is_vectorised: bool
+    is_bounded: bool
 
     def score_batch(self, tasks: Sequence[Task]) -> list[Outcome | Exception]: ...
+    def score_at_once(self, task: Task) -> Outcome | Exception | None: ...
+    def cache_key(self, task: Task) -> tuple[Hashable, ...] | None: ...
     def gold_response(self, gold: str, params: Any, context: Context) -> str: ...
     def check(self, gold: str, params: Any, context: Context) -> str | None: ...
 
@@ -104,7 +112,9 @@ class _Registered:
         if not (inspect.isclass(params_type) and issubclass(params_type, msgspec.Struct)):
             raise TypeError(f"verifier {name!r}: annotate {signature[2]!r} with a msgspec.Struct of its parameters")
         self.params_type: type[msgspec.Struct] = params_type
-        self.is_vectorised = hasattr(made, "score_batch")
+        self.is_bounded: bool = getattr(made, "is_bounded", False)
+        self._at_once: Callable[[Task], Outcome | None] | None = getattr(made, "score_at_once", None)
+        self._cache_key: Callable[[Task], tuple[Hashable, ...] | None] | None = getattr(made, "cache_key", None)
         self._batch: Callable[[Sequence[Task]], list[Outcome | Exception]] | None = getattr(made, "score_batch", None)
         self._gold_response: Callable[[str, Any, Context], str] | None = getattr(made, "gold_response", None)
         self._check: Callable[[str, Any, Context], str | None] | None = getattr(made, "check", None)
@@ -121,6 +131,20 @@ class _Registered:
             except Exception as error:
                 out.append(error)
         return out
+
+    def score_at_once(self, task: Task) -> Outcome | Exception | None:
+        """The outcome where it is certain to cost microseconds, else None."""
+        if self._at_once is None:
+            return None
+        try:
+            return self._at_once(task)
+        # As in score_batch: whatever a verifier raises is its own sample's fault.
+        except Exception as error:
+            return error
+
+    def cache_key(self, task: Task) -> tuple[Hashable, ...] | None:
+        """What the outcome depends on, or None where it must not be remembered."""
+        return None if self._cache_key is None else self._cache_key(task)
 
     def gold_response(self, gold: str, params: Any, context: Context) -> str:
         answer = gold if self._gold_response is None else self._gold_response(gold, params, context)

@@ -55,37 +55,77 @@ def score_batch(
     Samples of one vectorised verifier are scored in one kernel call. A group may pass the same spec object for each
     completion: its parameters are then read once.
     """
+    routed = route(responses, specs, progress, options=options)
+    for group in routed.batches.values():
+        for index, outcome in zip(group.indices, group.implementation.score_batch(group.tasks), strict=True):
+            routed.settle(index, outcome)
+    return routed.complete()
+
+
+class Batch:
+    """Tasks of one verifier, with their places in the call."""
+
+    def __init__(self, implementation: Implementation) -> None:
+        self.implementation = implementation
+        self.indices: list[int] = []
+        self.tasks: list[Task] = []
+
+
+class Routed:
+    """A call's responses, sorted by verifier: what is known already, and what is left to score."""
+
+    def __init__(self, responses: Sequence[str], specs: Sequence[RewardSpec], context: Context) -> None:
+        self.responses, self.specs, self.context = responses, specs, context
+        self.verdicts: list[Verdict | None] = [None] * len(responses)
+        self.batches: dict[str, Batch] = {}
+
+    def settle(self, index: int, outcome: Outcome | Exception) -> None:
+        """Turn a verifier's outcome into the verdict of response `index`."""
+        self.verdicts[index] = to_verdict(self.responses[index], self.specs[index], outcome, self.context.options)
+
+    def complete(self) -> list[Verdict]:
+        """All verdicts; RuntimeError where one is missing."""
+        done = [verdict for verdict in self.verdicts if verdict is not None]
+        if len(done) != len(self.verdicts):
+            raise RuntimeError(f"{len(self.verdicts) - len(done)} of {len(self.verdicts)} responses got no verdict")
+        return done
+
+
+def route(
+    responses: Sequence[str],
+    specs: Sequence[RewardSpec],
+    progress: float | None,
+    *,
+    options: RewardOptions | None = None,
+) -> Routed:
+    """Sort responses by verifier. Bad rows and overlong responses get their verdict here; nothing else is looked at."""
     if len(responses) != len(specs):
         raise ValueError(f"{len(responses)} responses for {len(specs)} specs")
     chosen = options or _process_options
-    context = Context(chosen, 1.0 if progress is None else progress)
-    if progress is None:
-        context = Context(chosen.for_evaluation(), 1.0)
-    verdicts: list[Verdict | None] = [None] * len(responses)
-    tasks: dict[str, tuple[Implementation, list[int], list[Task]]] = {}
-    read: dict[int, tuple[Implementation, Any]] = {}
+    context = Context(chosen.for_evaluation(), 1.0) if progress is None else Context(chosen, progress)
+    routed = Routed(responses, specs, context)
+    read: dict[int, tuple[Implementation, Any] | SpecError] = {}
     for index, (response, spec) in enumerate(zip(responses, specs, strict=True)):
         known = read.get(id(spec))
         if known is None:
             try:
-                known = read[id(spec)] = _read(spec)
+                known = _read(spec)
             except SpecError as error:
-                verdicts[index] = fault(str(error))
-                continue
-        if len(response) > chosen.max_response_chars:
-            reason = (
-                f"a response of {len(response)} characters; rewards.max_response_chars is {chosen.max_response_chars}"
-            )
-            verdicts[index] = Verdict("bad_answer", 0.0, 0.0, 0.0, {}, reason)
-            continue
-        implementation, params = known
-        _, indices, batch = tasks.setdefault(spec.verifier, (implementation, [], []))
-        indices.append(index)
-        batch.append(Task(response, spec.gold, params, context))
-    for implementation, indices, batch in tasks.values():
-        for index, task, outcome in zip(indices, batch, implementation.score_batch(batch), strict=True):
-            verdicts[index] = _verdict(task.response, specs[index], outcome, chosen)
-    return [verdict for verdict in verdicts if verdict is not None]
+                known = error
+            read[id(spec)] = known
+        if isinstance(known, SpecError):
+            routed.settle(index, known)
+        elif len(response) > chosen.max_response_chars:
+            reason = f"{len(response)} characters; rewards.max_response_chars is {chosen.max_response_chars}"
+            routed.settle(index, Outcome(0.0, format=0.0, status="bad_answer", reason=reason))
+        else:
+            implementation, params = known
+            batch = routed.batches.get(spec.verifier)
+            if batch is None:
+                batch = routed.batches[spec.verifier] = Batch(implementation)
+            batch.indices.append(index)
+            batch.tasks.append(Task(response, spec.gold, params, context))
+    return routed
 
 
 def _read(spec: RewardSpec) -> tuple[Implementation, Any]:
@@ -101,8 +141,8 @@ def _read(spec: RewardSpec) -> tuple[Implementation, Any]:
     return implementation, params_of(spec, implementation)
 
 
-def _verdict(response: str, spec: RewardSpec, outcome: Outcome | Exception, options: RewardOptions) -> Verdict:
-    """R = (a·R_acc + f·R_fmt)/(a + f)."""
+def to_verdict(response: str, spec: RewardSpec, outcome: Outcome | Exception, options: RewardOptions) -> Verdict:
+    """R = (a·R_acc + f·R_fmt)/(a + f); an exception is a fault."""
     if isinstance(outcome, Exception):
         kind = (
             "bad row"

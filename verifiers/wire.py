@@ -1,0 +1,105 @@
+"""What the pool and its workers say to each other: msgspec structs in frames, a 4-byte big-endian length before each.
+
+A socket pair joins one pool and one worker. Frames arrive in order; a frame over the limit, of another type, or
+answering another job ends the worker. Nothing on this wire can run code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import TypeVar
+
+import msgspec
+
+from verifiers.registry import Outcome
+from verifiers.types import RewardOptions, RewardSpec
+
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+T = TypeVar("T")
+
+
+class WireError(ConnectionError):
+    """The other side sent what it must not, or hung up."""
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """The first frame to a worker. `preload` names the verifiers it will be asked for."""
+
+    options: RewardOptions
+    memory_limit_bytes: int
+    preload: tuple[str, ...]
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """A worker's first frame: everything is imported and the self-test passed."""
+
+    pid: int
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One response to score; `progress` None means evaluation."""
+
+    number: int
+    response: str
+    spec: RewardSpec
+    progress: float | None
+
+
+class Result(msgspec.Struct, frozen=True):
+    """The outcome of a job, or what the verifier raised."""
+
+    number: int
+    outcome: Outcome | None
+    error: str = ""
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """A frame; WireError where it is over the limit."""
+    body = msgspec.msgpack.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise WireError(f"a {type(message).__name__} of {len(body)} bytes is over the frame limit of {MAX_FRAME_BYTES}")
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """The struct in a frame's body; WireError where it is none of that kind."""
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise WireError(f"a frame that is no {kind.__name__}: {error}") from error
+
+
+def body_length(header: bytes) -> int:
+    """The length in a frame's header; WireError over the limit."""
+    length: int = _LENGTH.unpack(header)[0]
+    if length > MAX_FRAME_BYTES:
+        raise WireError(f"a frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return length
+
+
+async def receive(reader: asyncio.StreamReader, kind: type[T]) -> T:
+    """The next frame on the pool's side; WireError where the worker hung up."""
+    try:
+        return decode(await reader.readexactly(body_length(await reader.readexactly(_LENGTH.size))), kind)
+    except asyncio.IncompleteReadError as error:
+        raise WireError("the worker hung up") from error
+
+
+def receive_blocking(connection: socket.socket, kind: type[T]) -> T | None:
+    """The next frame on the worker's side; None where the pool hung up."""
+    header = _read_exactly(connection, _LENGTH.size)
+    body = None if header is None else _read_exactly(connection, body_length(header))
+    return None if body is None else decode(body, kind)
+
+
+def _read_exactly(connection: socket.socket, num_bytes: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < num_bytes:
+        part = connection.recv(num_bytes - len(parts))
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)
