@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from vtriune.data.schema import STORE_SCHEMA, DataError, Sample, check_columns, parse_file_name, parse_row
 from vtriune.data.store import FORMAT, Index, Segment, Store, StoredFile
 
-_READ_ROWS = 64
+_READ_ROWS = 256
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 32 * 2**20
 _NUM_NAMED = 20
@@ -39,6 +39,9 @@ class RowChecks(Protocol):
 
     def problems(self, samples: Sequence[Sample]) -> list[list[str]]:
         """Reasons why each sample cannot be trained on, in order; empty lists for good ones."""
+
+    def close(self) -> None:
+        """Called when a build has ended, well or not."""
 
 
 class BadRow(msgspec.Struct, frozen=True):
@@ -122,6 +125,8 @@ def _build_at(
         _sync(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if checks is not None:
+            checks.close()
 
 
 class _Build:

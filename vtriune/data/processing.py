@@ -1,7 +1,7 @@
 """The one owner of preprocessing: sample → chat-templated text, resized images, token ids, pixel features.
 
 The generator asks for `prepare` and `prompt_ids_for_engine` (vLLM expands the placeholders itself), the learner for `features`,
-the checks at load for `token_bound`. Both sides hand the same prepared images to the same Hugging Face image processor exactly
+the checks at load for `length_problem`. Both sides hand the same prepared images to the same Hugging Face image processor exactly
 once, under the same pixel bounds (`mm_processor_kwargs`), and `check_expansion` compares what came out.
 
     sample ──prepare──▶ Prompt(text with one pad per image, RGB images on the patch grid)
@@ -11,6 +11,7 @@ once, under the same pixel bounds (`mm_processor_kwargs`), and `check_expansion`
 transformers is imported when a Preprocessor is made, so that importing this module stays light.
 """
 
+import hashlib
 import io
 import json
 import random
@@ -75,7 +76,8 @@ class Preprocessor:
         self._image_processor: Any = getattr(processor, "image_processor", None)
         self._image_token: str = getattr(processor, "image_token", "<|image_pad|>")
         self.image_token_id: int = self._id_of(self._image_token)
-        self.video_token_id: int = self._id_of(getattr(processor, "video_token", "<|video_pad|>"))
+        self._video_token: str = getattr(processor, "video_token", "<|video_pad|>")
+        self.video_token_id: int = self._id_of(self._video_token)
         _check_ids_of_config(Path(self.model_path), self.image_token_id, self.video_token_id)
 
     @property
@@ -108,11 +110,13 @@ class Preprocessor:
         if prompt_seed is not None and sample.reward.verifier == "mathverify":
             last = turns[-1]
             turns = [*turns[:-1], Turn(last.role, append_cot(last.content, random.Random(prompt_seed)))]
-        images = [self._resized(_decode(data, f"{where}: images[{index}]")) for index, data in enumerate(sample.images)]
+        images = [
+            self._resized(_decode(data, f"{where}images[{index}]"), where) for index, data in enumerate(sample.images)
+        ]
         prompt = Prompt(self._text(turns, len(images), where), images, where)
         length = self.num_tokens(prompt)
         if length > self.max_prompt_tokens:
-            raise DataError(_too_long(where, length, self.max_prompt_tokens))
+            raise DataError(where + _too_long(length, self.max_prompt_tokens))
         return prompt
 
     def prompt_ids_for_engine(self, prompt: Prompt) -> list[int]:
@@ -121,7 +125,7 @@ class Preprocessor:
         num_pads = ids.count(self.image_token_id)
         if num_pads != len(prompt.images):
             raise DataError(
-                f"{prompt.where}: the prompt tokenizes to {num_pads} image pads for {len(prompt.images)} images; "
+                f"{prompt.where}the prompt tokenizes to {num_pads} image pads for {len(prompt.images)} images; "
                 f"its text must not contain {self._image_token}"
             )
         return ids
@@ -144,7 +148,7 @@ class Preprocessor:
             pixels
         ):
             raise DataError(
-                f"{prompt.where}: the image processor made {len(pixels)} patches and grids {grid.tolist()} where image sizes "
+                f"{prompt.where}the image processor made {len(pixels)} patches and grids {grid.tolist()} where image sizes "
                 f"{[image.size for image in prompt.images]} ask for "
                 f"{[self._num_image_tokens(*image.size) for image in prompt.images]} merged tokens"
             )
@@ -167,25 +171,41 @@ class Preprocessor:
         differing = np.flatnonzero(ours[:shared] != theirs[:shared])
         first = int(differing[0]) if len(differing) else shared
         raise DataError(
-            f"{prompt.where}: the engine expanded the prompt to {len(theirs)} ids with "
+            f"{prompt.where}the engine expanded the prompt to {len(theirs)} ids with "
             f"{int((theirs == self.image_token_id).sum())} image pads, ours has {len(ours)} with "
             f"{int((ours == self.image_token_id).sum())}; they differ from position {first}. "
             f"Start the engine with mm_processor_kwargs={self.mm_processor_kwargs()}"
         )
 
-    def token_bound(self, sample: Sample, prompt_pool: bool) -> int:
-        """Upper bound on the expanded prompt's tokens over all prompt seeds, from image headers alone (nothing is decoded).
+    def length_problem(self, sample: Sample, prompt_pool: bool) -> str | None:
+        """Why `prepare` could refuse `sample` for its markers, image sizes or length; None when no prompt seed makes it.
 
-        Exact when the bound matters: only a prompt whose UTF-8 length (no token is shorter than a byte, normalisation grows
-        text at most threefold) could exceed the limit is tokenized.
+        From image headers alone, and only a prompt whose UTF-8 length could exceed the limit is tokenized: no token is shorter
+        than a byte, and normalisation grows text at most threefold.
         """
+        try:
+            bound = self._token_bound(sample, prompt_pool)
+        except DataError as error:
+            return str(error)
+        return _too_long(bound, self.max_prompt_tokens) if bound > self.max_prompt_tokens else None
+
+    @property
+    def identity(self) -> str:
+        """Names everything that `length_problem` depends on besides the sample."""
+        folder = Path(self.model_path)
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
+        digest = hashlib.sha256(f"{self._size()} {self.max_prompt_tokens}".encode())
+        for path in (folder / name for name in names):
+            digest.update(path.read_bytes() if path.is_file() else b"-")
+        return digest.hexdigest()
+
+    def _token_bound(self, sample: Sample, prompt_pool: bool) -> int:
         turns = sample.prompt
         if prompt_pool and sample.reward.verifier == "mathverify":
             turns = [*turns[:-1], Turn(turns[-1].role, turns[-1].content + _LONGEST_SENTENCES)]
-        where = _where(sample)
-        text = self._text(turns, len(sample.images), where)
-        sizes = [_header_size(data, f"{where}: images[{index}]") for index, data in enumerate(sample.images)]
-        of_images = sum(self._num_image_tokens(*self._grid_size(*size, where)) - 1 for size in sizes)
+        text = self._text(turns, len(sample.images), "")
+        sizes = [_header_size(data, f"images[{index}]") for index, data in enumerate(sample.images)]
+        of_images = sum(self._num_image_tokens(*self._grid_size(*size, "")) - 1 for size in sizes)
         bound = 3 * len(text.encode()) + of_images
         if bound <= self.max_prompt_tokens:
             return bound
@@ -203,9 +223,14 @@ class Preprocessor:
     def _text(self, turns: Sequence[Turn], num_images: int, where: str) -> str:
         num_markers = sum(turn.content.count(IMAGE_MARKER) for turn in turns if turn.role == "user")
         if num_markers != num_images:
-            raise DataError(f"{where}: the prompt has {num_markers} {IMAGE_MARKER} markers for {num_images} images")
+            raise DataError(f"{where}the prompt has {num_markers} {IMAGE_MARKER} markers for {num_images} images")
         messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
         text: str = self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if text.count(self._image_token) != num_images or self._video_token in text:
+            raise DataError(
+                f"{where}the templated prompt has {text.count(self._image_token)} image pads for {num_images} images, "
+                f"or a video pad; its text must not contain {self._image_token} or {self._video_token}"
+            )
         return text
 
     def _expand(self, ids: Sequence[int], counts: Sequence[int]) -> np.ndarray:
@@ -222,12 +247,12 @@ class Preprocessor:
         owner = self._image_processor
         return 0 if owner is None else 3 * owner.temporal_patch_size * owner.patch_size**2
 
-    def _resized(self, image: Image.Image) -> Image.Image:
+    def _resized(self, image: Image.Image, where: str) -> Image.Image:
         """One resampling, from the file's pixels straight to the patch grid.
 
         Scaling into the bounds first and letting the processor round to the grid afterwards would resample twice.
         """
-        size = self._grid_size(*image.size, "image")
+        size = self._grid_size(*image.size, where)
         return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
     def _grid_size(self, width: int, height: int, where: str) -> tuple[int, int]:
@@ -236,18 +261,18 @@ class Preprocessor:
 
         if self._image_processor is None:
             raise DataError(
-                f"{where}: has images, but {self.model_path} has no image processor; use a vision-language model"
+                f"{where}has images, but {self.model_path} has no image processor; use a vision-language model"
             )
         factor = self._image_processor.patch_size * self._image_processor.merge_size
         try:
             rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
         except ValueError as error:
-            raise DataError(f"{where}: image of {width}x{height} px: {error}") from error
+            raise DataError(f"{where}image of {width}x{height} px: {error}") from error
         return columns, rows
 
     def _num_image_tokens(self, width: int, height: int) -> int:
         """Merged tokens the image processor makes of a prepared image."""
-        columns, rows = self._grid_size(width, height, "image")
+        columns, rows = self._grid_size(width, height, "")
         side: int = self._image_processor.patch_size * self._image_processor.merge_size
         return columns * rows // side**2
 
@@ -317,10 +342,10 @@ def _header_size(data: bytes, where: str) -> tuple[int, int]:
         raise DataError(f"{where} cannot be opened ({type(error).__name__}: {error})") from error
 
 
-def _too_long(where: str, length: int, limit: int) -> str:
-    return f"{where}: the prompt has {length} tokens, images included; data.max_prompt_tokens is {limit}"
+def _too_long(length: int, limit: int) -> str:
+    return f"the prompt has {length} tokens, images included; data.max_prompt_tokens is {limit}"
 
 
 def _where(sample: Sample) -> str:
     name = f"sample {sample.sample_id!r} of {sample.source}" if sample.sample_id else f"a sample of {sample.source}"
-    return name if sample.row < 0 else f"row {sample.row} ({name})"
+    return f"{name}: " if sample.row < 0 else f"row {sample.row} ({name}): "
