@@ -18,3 +18,22 @@ $(STAMP): pyproject.toml
 	$(PY) -m pip install --quiet "uv>=0.8"
 	$(PY) -m uv pip install --quiet --python $(PY) $(TORCH_SOURCE) -e ".[$(EXTRAS)]"
 	@touch $@
+
+# The digits run: builds its data from scikit-learn's handwritten digits on first use, then trains.
+demo: setup
+	$(PY) -m examples.digits.build
+	$(PY) -m vtriune.launch examples/digits.yaml $(ARGS)
+
+test: setup
+	$(PY) -m examples.digits.build
+	$(PY) -m pytest $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup
+	$(PY) -m mypy
+
+clean:
+	rm -rf runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/digits/data

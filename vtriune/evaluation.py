@@ -16,15 +16,13 @@ from vtriune.messages import GroupReport, Lease, Sampling
 
 
 class Evaluation:
-    """Held-out rows of `stores`, at most `evaluation.rows` of them, spread evenly over the sources."""
+    """Held-out rows of `store`, at most `evaluation.rows` of them, spread evenly over the sources."""
 
-    def __init__(self, config: Config, stores: Sequence[Store], fleet: Fleet) -> None:
+    def __init__(self, config: Config, store: Store, fleet: Fleet) -> None:
         self._config = config
         self._fleet = fleet
         self._ids = itertools.count(-1, -1)
-        self._rows = spread(
-            [(store, row) for store in stores for row in range(len(store))], _source, config.evaluation.rows
-        )
+        self._rows = [store.ref(row) for row in store.spread(config.evaluation.rows)]
 
     @property
     def num_rows(self) -> int:
@@ -50,28 +48,16 @@ class Evaluation:
         )
         running: list[asyncio.Task[GroupReport]] = []
         try:
-            for store, row in self._rows:
+            for sample in self._rows:
                 while (engine := self._fleet.pick()) is None:
                     await wait_for_room()
-                lease = Lease(next(self._ids), 0, store.ref(row), 1, sampling, purpose="evaluate", progress=1.0)
+                lease = Lease(next(self._ids), 0, sample, 1, sampling, purpose="evaluate", progress=1.0)
                 running.append(asyncio.create_task(self._fleet.generate(engine, lease)))
                 await asyncio.sleep(0)
             return list(await asyncio.gather(*running))
         finally:
             for task in running:
                 task.cancel()
-
-
-def spread(rows: Sequence, source_of: Callable, limit: int | None) -> list:  # type: ignore[type-arg]
-    """At most `limit` of `rows`, taken round-robin over their sources so that each gets its share; order kept."""
-    if limit is None or limit >= len(rows):
-        return list(rows)
-    by_source: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        by_source[source_of(row)].append(index)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_source.values()))
-    chosen = itertools.islice((index for index in turns if index is not None), limit)
-    return [rows[index] for index in sorted(chosen)]
 
 
 def summarise(reports: Sequence[GroupReport], prefix: str) -> dict[str, float]:
@@ -87,7 +73,3 @@ def summarise(reports: Sequence[GroupReport], prefix: str) -> dict[str, float]:
         f"{prefix}/num_faults": float(sum(report.num_faults for report in reports)),
         **means,
     }
-
-
-def _source(place: tuple[Store, int]) -> str:
-    return place[0].sample(place[1]).source

@@ -122,7 +122,7 @@ class Leasing:
                 self._fleet.bury(engine, str(failure).splitlines()[0])
             self._lose(lease.group_id, lease.attempt, "generator died")
         except ActorError as error:
-            if error.exception_type in FATAL_ERRORS:
+            if error.type_name.rpartition(".")[2] in FATAL_ERRORS:
                 raise
             log.warning("group %d, attempt %d: lease lost: %s", lease.group_id, lease.attempt, error)
             self._lose(lease.group_id, lease.attempt, str(error).splitlines()[0])

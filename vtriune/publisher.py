@@ -98,7 +98,7 @@ class Publisher:
             _values(self._learner.canary.call(self._canary)),
             *(_value(engine.actor.canary.call_one(self._canary)) for engine in engines),
         )
-        error = max(abs(a - b) for other in theirs for a, b in zip(ours[0], other, strict=True))
+        error: float = max(abs(a - b) for other in theirs for a, b in zip(ours[0], other, strict=True))
         if not error <= self._max_canary_error:
             raise PublishError(
                 f"canary after publish: learner and generators differ by {error:.2e} nats (limit {self._max_canary_error:.0e}); "

@@ -1,9 +1,11 @@
 """Pure functions of training progress: which mode is in force, how long the run is. Called by the controller."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vtriune.config.tree import Config, Policy
 from vtriune.window import Limits, Mode, derive_limits
+
+Correction = Literal["none", "decoupled", "tis", "icepop"]
 
 
 class Stance(NamedTuple):
@@ -44,7 +46,7 @@ def update_batches(group_ids: list[int], update_batch: int) -> list[list[int]]:
     return [group_ids[start : start + update_batch] for start in range(0, len(group_ids), update_batch)]
 
 
-def correction(config: Config, current: Stance) -> str:
+def correction(config: Config, current: Stance) -> Correction:
     """`loss.correction` with `auto` resolved: decoupled off-policy, none on-policy."""
     if config.loss.correction != "auto":
         return config.loss.correction

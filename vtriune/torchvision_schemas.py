@@ -1,7 +1,7 @@
-"""Make transformers' image processors importable where torchvision and torchaudio have no compiled operators.
+"""Make transformers' image processors importable where torchvision, torchaudio and torchcodec lack compiled operators.
 
-The CPU build of torch meets torchvision and torchaudio wheels whose compiled halves need CUDA libraries. torchvision then
-fails to import because two operator schemas are missing; torchaudio fails because its library cannot be loaded.
+The CPU build of torch meets wheels of those three whose compiled halves need CUDA libraries. torchvision then fails to import
+because two operator schemas are missing; torchaudio and torchcodec raise OSError, where their users expect a missing package.
 Callers: anything of ours that imports transformers' processors, and every vLLM process through the entry point group
 `vllm.general_plugins`.
 """
@@ -20,7 +20,7 @@ _definitions: list[torch.library.Library] = []
 
 
 def define_missing_schemas() -> None:
-    """Define `torchvision::nms` and `torchvision::qnms` where they are missing, and hide a torchaudio that cannot load.
+    """Define `torchvision::nms` and `torchvision::qnms` where they are missing, and hide audio packages that cannot load.
 
     Idempotent, and a no-op where the compiled operators are present. Call before `import transformers`' processors.
     """
@@ -29,7 +29,8 @@ def define_missing_schemas() -> None:
         for name in ("nms", "qnms"):
             library.define(name + _SIGNATURE)
         _definitions.append(library)
-    _hide_unloadable("torchaudio")
+    for package in ("torchaudio", "torchcodec"):
+        _hide_unloadable(package)
 
 
 def _compiled_operators_load() -> bool:

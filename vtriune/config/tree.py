@@ -180,7 +180,11 @@ class Rewards(_Section):
     format: Literal["tags", "tags_with_newlines"] = "tags"
     fold_case: bool = False
     numeric_tolerance: float = 0.0
+    frame: Literal["original_px", "resized_px", "norm_1000", "norm_1"] = "original_px"
+    """Coordinate frame of boxes where a row names none."""
     report: Literal["weighted", "full"] = "weighted"
+    correct_threshold: float = 0.5
+    """A detection counts as correct in the metrics from this mean IoU@50 on."""
     deadline_s: float = 5.0
     memory_gib: float = 2.0
     """Address-space cap of a verifier worker."""

@@ -1,0 +1,194 @@
+"""Checkpoint folders that are whole or not there: write aside, fsync, manifest with hashes, rename.
+
+    checkpoints/.step-12.partial/   being written, by any number of processes
+    checkpoints/step-12/            whole: manifest.json lists every other file with size and sha256
+
+The controller calls `stage`, has every process write below the staging folder, then `commit` and `prune`. A run that starts asks
+`latest_complete`, which vouches for every byte. The rename is the only moment at which a checkpoint comes to exist, and the
+manifest is hashed from the files as read back, so a crash at any instruction leaves the earlier checkpoints as they were.
+Torch-free: what lies in the folder is its writers' affair.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_STEP = re.compile(r"step-(\d+)")
+_STAGING = re.compile(r"\.step-(\d+)\.partial")
+_HASH_THREADS = 4
+"""hashlib releases the GIL: files of one checkpoint are hashed side by side."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or must not be read: names the folder, the file and what is wrong."""
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """One file of a checkpoint, by its path below the folder."""
+
+    num_bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """Every file of a checkpoint but the manifest itself."""
+
+    format: int
+    step: int
+    files: dict[str, FileEntry]
+
+
+def stage(folder: str | Path, step: int) -> Path:
+    """An empty staging folder for checkpoint `step` below `folder`; what an interrupted attempt left there is removed."""
+    staging = Path(folder) / f".step-{step}.partial"
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def commit(staging: str | Path) -> Path:
+    """Seal the staging folder and give it its name; returns the checkpoint's path.
+
+    After this returns the checkpoint survives a power cut. A checkpoint of the same step is replaced. Raises CheckpointError for a
+    folder that `stage` did not make or that holds nothing.
+    """
+    staging = Path(staging)
+    named = _STAGING.fullmatch(staging.name)
+    if named is None or not staging.is_dir():
+        raise CheckpointError(f"{staging}: no staging folder; take one from checkpoint.stage")
+    step = int(named[1])
+    files = sorted(path for path in _files_below(staging) if path != staging / MANIFEST)
+    if not files:
+        raise CheckpointError(f"{staging}: nothing was written; a checkpoint must hold at least one file")
+    with ThreadPoolExecutor(max_workers=_HASH_THREADS) as threads:
+        entries = threads.map(_sealed, files)
+        listed = {path.relative_to(staging).as_posix(): entry for path, entry in zip(files, entries, strict=True)}
+    manifest = staging / MANIFEST
+    manifest.write_bytes(msgspec.json.format(msgspec.json.encode(Manifest(_FORMAT, step, listed))))
+    _sync(manifest)
+    for inner in sorted((path for path in staging.rglob("*") if path.is_dir()), reverse=True):
+        _sync(inner)
+    _sync(staging)
+    final = staging.with_name(f"step-{step}")
+    if final.exists():
+        # Rename does not replace a folder that holds files. Set aside under a staging name: never two of one step.
+        replaced = staging.with_name(f".step-{step}.replaced.partial")
+        final.rename(replaced)
+        staging.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        staging.rename(final)
+    _sync(final.parent)
+    return final
+
+
+def problems(checkpoint: str | Path) -> list[str]:
+    """What keeps `checkpoint` from being used, each naming the file; empty for a whole one. Reads every byte."""
+    checkpoint = Path(checkpoint)
+    try:
+        manifest = msgspec.json.decode((checkpoint / MANIFEST).read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        return [f"{checkpoint / MANIFEST} is missing"]
+    except (OSError, ValueError) as error:
+        return [f"{checkpoint / MANIFEST} is damaged ({error})"]
+    if manifest.format != _FORMAT or f"step-{manifest.step}" != checkpoint.name:
+        return [f"{checkpoint / MANIFEST} is of format {manifest.format} and step {manifest.step}"]
+    unlisted = {path.relative_to(checkpoint).as_posix() for path in _files_below(checkpoint)} - {
+        MANIFEST,
+        *manifest.files,
+    }
+    found = [f"{checkpoint / name} is not in the manifest" for name in sorted(unlisted)]
+    with ThreadPoolExecutor(max_workers=_HASH_THREADS) as threads:
+        paths = [checkpoint / name for name in manifest.files]
+        found += [problem for problem in threads.map(_problem, paths, manifest.files.values()) if problem is not None]
+    return found
+
+
+def all_steps(folder: str | Path) -> list[Path]:
+    """Checkpoint folders below `folder`, oldest first, whole or not; staging folders are none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    named = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match is not None)]
+
+
+def latest_complete(folder: str | Path) -> Path | None:
+    """The newest checkpoint whose every file is as its manifest says, or None.
+
+    Truncated, tampered or incomplete ones are refused by name in the log, and the one before is tried.
+    """
+    for checkpoint in reversed(all_steps(folder)):
+        found = problems(checkpoint)
+        if not found:
+            return checkpoint
+        log.error("checkpoint %s is refused: %s", checkpoint, "; ".join(found[:5]))
+    return None
+
+
+def prune(folder: str | Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints, and what interrupted writers left; returns what was removed.
+
+    A folder is renamed to a staging name before its files go, so that none is ever seen half removed.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; at least one checkpoint must stay")
+    folder = Path(folder)
+    removed = all_steps(folder)[:-keep]
+    for checkpoint in removed:
+        doomed = checkpoint.with_name(f".{checkpoint.name}.partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
+    for leftover in folder.glob(".step-*.partial"):
+        shutil.rmtree(leftover)
+    return removed
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every file; a link is refused, since its target is not the checkpoint's."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a link; a checkpoint must hold its own files")
+        if path.is_file():
+            yield path
+
+
+def _sealed(path: Path) -> FileEntry:
+    _sync(path)
+    return FileEntry(path.stat().st_size, _digest(path))
+
+
+def _problem(path: Path, entry: FileEntry) -> str | None:
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes != entry.num_bytes:
+            return f"{path} has {num_bytes} bytes where the manifest says {entry.num_bytes}"
+        return None if _digest(path) == entry.sha256 else f"{path} differs from its hash in the manifest"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

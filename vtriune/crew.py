@@ -1,0 +1,181 @@
+"""The processes of a run: spawns every role, watches them, ends them. Used by launch as `async with Crew(…)`.
+
+    recorder ◀── verifiers ──▶ learner        references are handed out at spawn, so that groups go straight from
+                     ▲                         producer to consumer
+    generators ──────┘
+
+Each generator is a mesh of its own, so that one can be replaced while the others go on.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vtriune.config.tree import Config
+from vtriune.data.processing import Preprocessor
+from vtriune.data.store import Store
+from vtriune.fleet import Fleet, Health, Spawned
+from vtriune.messages import Canary
+from vtriune.publisher import Publisher
+from vtriune.runtime import Actor, MeshFailure, ProcMesh, this_host
+
+log = logging.getLogger(__name__)
+
+READY_S = 600.0
+"""A model of many GiB may take minutes to load; a process that is dead is noticed at once, not after this."""
+MAX_CANARY_ERROR = {"float32": 1e-3, "bfloat16": 0.15}
+"""Nats: float32 engines agree to 1e-5; in bfloat16 the kernels' rounding differs by up to some hundredths."""
+
+
+class Roles(NamedTuple):
+    """The actor class of each role; launch names them, because this package may import neither actors nor learner."""
+
+    generator: type[Actor]
+    verifier_pool: type[Actor]
+    learner: type[Actor]
+    recorder: type[Actor]
+
+
+class Crew:
+    """Enter to spawn everything; leave to end everything, whatever happened meanwhile."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        roles: Roles,
+        stores: list[Store],
+        preprocessor: Preprocessor,
+        say: Callable[[str], None],
+    ) -> None:
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when an engine dies or comes back; the controller's bell."""
+        self.learner: Any = None
+        self.recorder: Any = None
+        self.verifiers: Any = None
+        self._config = config
+        self._folder = folder
+        self._roles = roles
+        self._store_folders = [str(store.folder) for store in stores]
+        self._say = say
+        self._procs: list[ProcMesh] = []
+        generators = config.cluster.generators
+        # One group more than the engine can run at once, so that it never waits for the controller's next lease.
+        room = generators.max_sequences // config.policy.group_size + 1
+        self.fleet = Fleet(generators.procs, room, generators.restarts, self._spawn_generator, lambda: self.on_change())
+        self._canary = _canary(stores[-1], preprocessor)
+        self._failures: asyncio.Queue[MeshFailure] = asyncio.Queue()
+
+    async def __aenter__(self) -> "Crew":
+        self._loop = asyncio.get_running_loop()
+        try:
+            await self._start()
+        except BaseException:
+            # Whatever failed half-way, the processes that did start are ended before the error goes on.
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def publisher(self) -> Publisher:
+        """Publishes from this crew's learner to its fleet."""
+        return Publisher(
+            self.learner, self.fleet, self._canary, max_canary_error=MAX_CANARY_ERROR[self._config.model.dtype]
+        )
+
+    async def watch(self) -> None:
+        """Waits for a process to end that the run cannot go on without, and raises its MeshFailure."""
+        raise await self._failures.get()
+
+    async def close(self) -> None:
+        """End every process. Idempotent."""
+        await self.fleet.stop()
+        await asyncio.gather(*(procs.stop() for procs in self._procs))
+        self._procs.clear()
+
+    async def _start(self) -> None:
+        """Processes first, all at once; then actors, which construct while others do."""
+        cluster, started = self._config.cluster, time.monotonic()
+        recorder, learner, verifiers = await asyncio.gather(
+            self._spawn_procs("recorder", 1, threads=1),
+            self._spawn_procs("learner", cluster.learner.procs, threads=cluster.learner.threads),
+            self._spawn_procs("verifiers", cluster.verifiers.procs, threads=1),
+        )
+        roles, folders = self._roles, self._store_folders
+        self.recorder = recorder.spawn("recorder", roles.recorder, self._config, str(self._folder))
+        self.learner = learner.spawn("learner", roles.learner, self._config, str(self._folder), folders)
+        self.verifiers = verifiers.spawn(
+            "verifiers", roles.verifier_pool, self._config, folders, self.learner, self.recorder
+        )
+        await asyncio.gather(self.fleet.start(), self._ready_learner(), _ready(self.verifiers), _ready(self.recorder))
+        self._say(f"generators, verifiers, learner and recorder are ready after {time.monotonic() - started:.0f} s")
+
+    async def _ready_learner(self) -> None:
+        port = await self.learner.slice(procs=0).open_store.call_one()
+        await self.learner.connect.call("127.0.0.1", port)
+        await self.learner.ready.call()
+
+    async def _spawn_generator(self, rank: int) -> Spawned:
+        threads = self._config.cluster.generators.threads
+        procs = await asyncio.to_thread(
+            this_host().spawn_procs,
+            {"procs": 1},
+            name=f"generator-{rank}",
+            env=_thread_limits(threads),
+            log_folder=self._folder / "logs",
+            on_failure=lambda failure: self._loop.call_soon_threadsafe(self._generator_failed, rank, failure),
+        )
+        actor = procs.spawn("generator", self._roles.generator, self._config, self._store_folders, self.verifiers, rank)
+        await _ready(actor)
+        return Spawned(procs, actor)
+
+    async def _spawn_procs(self, name: str, num_procs: int, *, threads: int) -> ProcMesh:
+        procs = await asyncio.to_thread(
+            this_host().spawn_procs,
+            {"procs": num_procs},
+            name=name,
+            env=_thread_limits(threads),
+            log_folder=self._folder / "logs",
+            on_failure=lambda failure: self._loop.call_soon_threadsafe(self._failures.put_nowait, failure),
+        )
+        self._procs.append(procs)
+        return procs
+
+    def _generator_failed(self, rank: int, failure: MeshFailure) -> None:
+        engine = self.fleet.engines[rank]
+        if engine.health is not Health.DEAD:
+            self.fleet.bury(engine, str(failure))
+
+
+async def _ready(actor: Any) -> None:
+    await actor.ready.within(READY_S).call()
+
+
+def _thread_limits(threads: int) -> dict[str, str]:
+    """Two cores are shared by five processes: each is told how many threads it may use, and not to spin while it waits."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "NUMBA_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _canary(store: Store, preprocessor: Preprocessor) -> Canary:
+    """The first sample's prompt, image included, with its gold answer as the response."""
+    sample = store.sample(0)
+    ids = preprocessor.tokenizer(sample.reward.gold, add_special_tokens=False)["input_ids"]
+    return Canary(store.ref(0), np.asarray([*ids, *preprocessor.end_token_ids[:1]], np.int32))

@@ -1,0 +1,328 @@
+"""The group over which one publish travels, between learner rank 0 and the generators. Torch only; used on both sides.
+
+A publish has a control connection (`Meeting`, a TCPStore that learner rank 0 serves for this publish alone) and a data group
+(`WeightGroup`, gloo or NCCL, beside torch's default group, kept while its members stay the same):
+
+    phase      member 0, the learner                        members 1, 2, …, generators
+    meet       waits for all            ◀── arrive ──       "I hold data group g", or none
+    agree      manifest, data group     ── proposal ──▶     match the manifest against their own model
+               waits for all            ◀── consent ──
+    transfer   broadcasts buckets       ═════════════▶      receive
+    load       waits for all            ◀── receipt ──      loaded so many tensors, with this checksum
+
+Every phase ends by the publish's deadline and errors name it. A member that fails says so in the store before it leaves
+its groups: whoever waits for it, in the store or in a broadcast, gets that text as a PeerFailure. A member that died shows
+as a lost connection, or at the deadline by its number. Nobody waits longer than the deadline.
+
+Sockets listen on the given interface only, at a port the kernel chose. Neither TCPStore nor gloo authenticates: between hosts
+this belongs on a private network.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Literal
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+
+from vtriune.messages import Rendezvous, WeightManifest
+
+Phase = Literal["meet", "agree", "gather", "transfer", "load"]
+
+# A broken connection is told in our own errors; torch's C++ traces of the same event would bury them.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.0005, 0.02
+_MAX_TEXT = 4000
+_FAILURE_KEY = "failure"
+
+
+class PublishFailure(RuntimeError):
+    """A publish failed in `phase`."""
+
+    def __init__(self, phase: Phase, text: str) -> None:
+        super().__init__(f"publish failed in phase {phase}: {text}")
+        self.phase = phase
+        self.text = text
+
+
+class PeerFailure(PublishFailure):
+    """The cause lies with another member or the network; whoever raises it is unharmed and may take part in the next one."""
+
+
+class Proposal(msgspec.Struct, frozen=True):
+    """What member 0 answers to all arrivals."""
+
+    group: str
+    """Name of the data group to use; members that hold it keep it, otherwise all form it."""
+    manifest: WeightManifest
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What a receiver loaded."""
+
+    num_tensors: int
+    checksum: str
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    member: int
+    phase: Phase
+    text: str
+
+
+class Deadline:
+    """A moment after which nobody waits."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left, 0 when none are."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def left(self) -> timedelta:
+        """The same for torch, which takes at least a millisecond."""
+        return timedelta(seconds=max(self.left_s, 0.001))
+
+
+def listen(host: str, num_members: int, backend: Literal["gloo", "nccl"]) -> tuple[TCPStore, Rendezvous]:
+    """Serve a store for one publish on `host`, an address of this machine, at a free port."""
+    with socket.create_server((host, 0), backlog=num_members) as server:
+        port = server.getsockname()[1]
+        # Handed over open: TCPStore itself would listen on every interface.
+        store = TCPStore(
+            host, port, None, True, timedelta(seconds=60), wait_for_workers=False, master_listen_fd=server.detach()
+        )
+    return store, Rendezvous(host, port, num_members, backend)
+
+
+class Meeting:
+    """One member's control connection of one publish. Used by one thread at a time."""
+
+    def __init__(self, rendezvous: Rendezvous, member: int, deadline: Deadline, store: TCPStore | None = None) -> None:
+        """Connect; member 0 hands in the store it serves. Raises PeerFailure when nobody listens there."""
+        self.rendezvous = rendezvous
+        self.member = member
+        self.deadline = deadline
+        try:
+            self._store = store or TCPStore(
+                rendezvous.host, rendezvous.port, None, False, deadline.left, wait_for_workers=False
+            )
+        except dist.DistError as error:
+            raise PeerFailure("meet", f"nobody serves {rendezvous.host}:{rendezvous.port} ({_line(error)})") from error
+
+    @contextlib.contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Tell the others when the body raises, and raise PublishFailure, or PeerFailure when another member failed first."""
+        try:
+            yield
+        except Exception as error:
+            # Whatever broke here, the others must learn of it before this member leaves the group.
+            raise self.tell(phase, error) from error
+
+    def arrive(self, holding: str) -> Proposal:
+        """Receiver, phases meet and agree: say which data group this member holds ('' for none), get the proposal."""
+        with self.phase("meet"):
+            self._set(f"arrive/{self.member}", _held_as(holding, self.member))
+        with self.phase("agree"):
+            self._wait("agree", {"proposal": 0})
+            return msgspec.msgpack.decode(self._store.get("proposal"), type=Proposal)
+
+    def consent(self) -> None:
+        """Receiver, end of phase agree: the manifest fits."""
+        with self.phase("agree"):
+            self._set(f"consent/{self.member}", b"yes")
+
+    def deliver_receipt(self, receipt: Receipt) -> None:
+        """Receiver, end of phase load."""
+        with self.phase("load"):
+            self._set(f"receipt/{self.member}", msgspec.msgpack.encode(receipt))
+
+    def propose(self, holding: str, new_name: str, manifest: WeightManifest) -> str:
+        """Sender, phases meet and agree: returns the data group's name once every member consented.
+
+        `holding` is kept when every member holds it, under the same number; otherwise `new_name` is formed.
+        """
+        others = range(1, self.rendezvous.num_members)
+        with self.phase("meet"):
+            self._wait("meet", {f"arrive/{member}": member for member in others})
+            is_kept = bool(holding) and all(
+                self._store.get(f"arrive/{member}") == _held_as(holding, member) for member in others
+            )
+            name = holding if is_kept else new_name
+        with self.phase("agree"):
+            self._set("proposal", msgspec.msgpack.encode(Proposal(name, manifest)))
+            self._wait("agree", {f"consent/{member}": member for member in others})
+        return name
+
+    def collect_receipts(self, expected: Receipt) -> None:
+        """Sender, phase load: every member loaded what was sent. Raises PublishFailure naming the first that did not."""
+        others = range(1, self.rendezvous.num_members)
+        with self.phase("load"):
+            self._wait("load", {f"receipt/{member}": member for member in others})
+            for member in others:
+                receipt = msgspec.msgpack.decode(self._store.get(f"receipt/{member}"), type=Receipt)
+                if receipt != expected:
+                    raise PublishFailure(
+                        "load",
+                        f"member {member} loaded {receipt.num_tensors} tensors with checksum {receipt.checksum}; "
+                        f"sent were {expected.num_tensors} with {expected.checksum}",
+                    )
+
+    def tell(self, phase: Phase, error: Exception) -> PublishFailure:
+        """Let the others know that this member failed; returns what to raise here. Never raises."""
+        try:
+            if (earlier := self._failure(phase)) is not None:
+                return earlier
+            text = error.text if isinstance(error, PublishFailure) else f"{type(error).__name__}: {error}"
+            failure = _Failure(self.member, phase, text[:_MAX_TEXT])
+            self._store.set(_FAILURE_KEY, msgspec.msgpack.encode(failure))  # type: ignore[arg-type]
+        except (dist.DistError, PeerFailure):
+            # The store is gone with the learner: nobody is left to tell.
+            pass
+        return error if isinstance(error, PublishFailure) else PublishFailure(phase, f"{type(error).__name__}: {error}")
+
+    def _wait(self, phase: Phase, keys: dict[str, int]) -> None:
+        """Until all `keys` are set; a key's value is the member that sets it."""
+        pause = _FIRST_PAUSE_S
+        while not self._check(phase, list(keys)):
+            if (failure := self._failure(phase)) is not None:
+                raise failure
+            if not self.deadline.left_s:
+                missing = sorted({member for key, member in keys.items() if not self._check(phase, [key])})
+                raise PeerFailure(phase, f"no word from member {_list(missing)} within {self.deadline.seconds:g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE_S)
+
+    def _check(self, phase: Phase, keys: Sequence[str]) -> bool:
+        try:
+            return bool(self._store.check(list(keys))) if keys else True
+        except dist.DistError as error:
+            raise PeerFailure(phase, f"lost the learner, which serves {self._address} ({_line(error)})") from error
+
+    def _set(self, key: str, value: bytes) -> None:
+        try:
+            self._store.set(key, value)  # type: ignore[arg-type]
+        except dist.DistError as error:
+            raise PeerFailure("meet", f"lost the learner, which serves {self._address} ({_line(error)})") from error
+
+    @property
+    def _address(self) -> str:
+        return f"{self.rendezvous.host}:{self.rendezvous.port}"
+
+    def _failure(self, phase: Phase) -> PeerFailure | None:
+        """The failure another member reported, if any."""
+        if not self._check(phase, [_FAILURE_KEY]):
+            return None
+        failure = msgspec.msgpack.decode(self._store.get(_FAILURE_KEY), type=_Failure)
+        if failure.member == self.member:
+            return None
+        return PeerFailure(failure.phase, f"member {failure.member}: {failure.text}")
+
+
+class WeightGroup:
+    """The data group of a publish: member 0 broadcasts, the others receive. Forming it waits for every member.
+
+    device    where the buffers live: CPU for gloo, this member's accelerator for NCCL
+    Raises PeerFailure when the group does not form by the deadline.
+    """
+
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        name: str,
+        member: int,
+        deadline: Deadline,
+        device: torch.device,
+        store: TCPStore | None = None,
+    ) -> None:
+        self.name = name
+        self.device = torch.device("cpu") if rendezvous.backend == "gloo" else device
+        self._backend = rendezvous.backend
+        try:
+            store = store or TCPStore(
+                rendezvous.host, rendezvous.port, None, False, deadline.left, wait_for_workers=False
+            )
+            form = _form_gloo if rendezvous.backend == "gloo" else _form_nccl
+            self._group = form(PrefixStore(name, store), rendezvous, member, deadline)
+        except RuntimeError as error:
+            raise PeerFailure("transfer", f"data group {name} did not form ({_line(error)})") from error
+
+    def broadcast(self, buffer: torch.Tensor, deadline: Deadline) -> None:
+        """Member 0's `buffer` into everyone's, in place; returns when it has arrived.
+
+        Raises PeerFailure when a member is gone or the deadline passes; the group is unusable then: close it.
+        """
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = deadline.left
+        try:
+            work = self._group.broadcast([buffer], options)
+            if self._backend == "nccl":
+                _wait_on_device(work, deadline)
+            else:
+                work.wait(deadline.left)
+        except RuntimeError as error:
+            raise PeerFailure("transfer", f"a member left, or none answered in time ({_line(error)})") from error
+
+    def close(self) -> None:
+        """Leave; peers that still wait in a broadcast get an error at once. Idempotent."""
+        group, self._group = getattr(self, "_group", None), None  # type: ignore[assignment]
+        if group is not None and self._backend == "nccl":
+            group.abort()
+
+
+def _form_gloo(store: PrefixStore, rendezvous: Rendezvous, member: int, deadline: Deadline) -> ProcessGroup:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    own = _own_address(rendezvous.host, rendezvous.port)
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]
+    options._timeout = deadline.left
+    return dist.ProcessGroupGloo(store, member, rendezvous.num_members, options)  # type: ignore[return-value]
+
+
+def _form_nccl(store: PrefixStore, rendezvous: Rendezvous, member: int, deadline: Deadline) -> ProcessGroup:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = deadline.left
+    return dist.ProcessGroupNCCL(store, member, rendezvous.num_members, options)  # type: ignore[return-value]
+
+
+def _wait_on_device(work: dist.Work, deadline: Deadline) -> None:
+    """NCCL's own wait returns when the kernel is queued: look until it is done, so that the deadline holds."""
+    pause = _FIRST_PAUSE_S
+    while not work.is_completed():
+        if not deadline.left_s:
+            raise RuntimeError(f"broadcast not done within {deadline.seconds:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, _LAST_PAUSE_S)
+    work.wait()
+
+
+def _own_address(host: str, port: int) -> str:
+    """This machine's address on the interface that reaches `host`: gloo would pick the one its host name resolves to."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return str(probe.getsockname()[0])
+
+
+def _held_as(name: str, member: int) -> bytes:
+    """What a member announces to hold: a data group is of use only under the same number."""
+    return f"{name}#{member}".encode() if name else b""
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
+def _list(members: Sequence[int]) -> str:
+    return ", ".join(str(member) for member in members) or "0"
