@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _STEP = re.compile(r"step-(\d+)")
-_STAGING = re.compile(r"\.step-(\d+)\.partial")
+_STAGING = re.compile(r"\.step-(\d+)(?:\.replaced)?\.partial")
 _HASH_THREADS = 4
 """hashlib releases the GIL: files of one checkpoint are hashed side by side."""
 
@@ -61,8 +61,9 @@ def stage(folder: str | Path, step: int) -> Path:
 def commit(staging: str | Path) -> Path:
     """Seal the staging folder and give it its name; returns the checkpoint's path.
 
-    After this returns the checkpoint survives a power cut. A checkpoint of the same step is replaced. Raises CheckpointError for a
-    folder that `stage` did not make or that holds nothing.
+    After this returns the checkpoint survives a power cut. A checkpoint of the same step (one refused at a resume, say) is replaced;
+    between its removal and the new one's appearance the one before is the latest. Raises CheckpointError for a folder that `stage`
+    did not make, that holds nothing, or that holds a link.
     """
     staging = Path(staging)
     named = _STAGING.fullmatch(staging.name)
@@ -70,6 +71,9 @@ def commit(staging: str | Path) -> Path:
         raise CheckpointError(f"{staging}: no staging folder; take one from checkpoint.stage")
     step = int(named[1])
     files = sorted(path for path in _files_below(staging) if path != staging / MANIFEST)
+    links = [str(path) for path in files if path.is_symlink()]
+    if links:
+        raise CheckpointError(f"{', '.join(links)}: links; a checkpoint must hold its own files")
     if not files:
         raise CheckpointError(f"{staging}: nothing was written; a checkpoint must hold at least one file")
     with ThreadPoolExecutor(max_workers=_HASH_THREADS) as threads:
@@ -83,7 +87,7 @@ def commit(staging: str | Path) -> Path:
     _sync(staging)
     final = staging.with_name(f"step-{step}")
     if final.exists():
-        # Rename does not replace a folder that holds files. Set aside under a staging name: never two of one step.
+        # Rename does not replace a folder that holds files.
         replaced = staging.with_name(f".step-{step}.replaced.partial")
         final.rename(replaced)
         staging.rename(final)
@@ -121,8 +125,8 @@ def all_steps(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    named = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
-    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match is not None)]
+    named = [path for path in folder.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
+    return sorted(named, key=_step_of)
 
 
 def latest_complete(folder: str | Path) -> Path | None:
@@ -152,18 +156,22 @@ def prune(folder: str | Path, keep: int) -> list[Path]:
         shutil.rmtree(doomed, ignore_errors=True)
         checkpoint.rename(doomed)
         shutil.rmtree(doomed)
-    for leftover in folder.glob(".step-*.partial"):
-        shutil.rmtree(leftover)
+    newest = _step_of(all_steps(folder)[-1]) if all_steps(folder) else -1
+    for path in folder.glob(".step-*.partial"):
+        # A staging folder of a later step is someone's work in hand.
+        named = _STAGING.fullmatch(path.name)
+        if named is not None and int(named[1]) <= newest:
+            shutil.rmtree(path)
     return removed
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Every file; a link is refused, since its target is not the checkpoint's."""
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            raise CheckpointError(f"{path}: a link; a checkpoint must hold its own files")
-        if path.is_file():
-            yield path
+    """Everything that is no folder, links included."""
+    return (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def _sealed(path: Path) -> FileEntry:
@@ -173,6 +181,8 @@ def _sealed(path: Path) -> FileEntry:
 
 def _problem(path: Path, entry: FileEntry) -> str | None:
     try:
+        if path.is_symlink():
+            return f"{path} is a link"
         num_bytes = path.stat().st_size
         if num_bytes != entry.num_bytes:
             return f"{path} has {num_bytes} bytes where the manifest says {entry.num_bytes}"
