@@ -1,14 +1,14 @@
-"""The pool's workers as one: takes tasks, gives outcomes, whatever happens to a worker.
+"""The pool's workers as one: takes jobs, gives outcomes, whatever happens to a worker.
 
     jobs ──▶ lanes [num_workers] ──▶ a ready worker each
-                    │ an answer takes longer than PATIENCE_S, and a spare worker is ready:
-                    │ the lane leaves that worker to its job and goes on with the spare
-                    └ the deadline passes, or the worker dies: kill, start another, ask once more ──▶ retry lane
+                    │ no answer within PATIENCE_S: the worker keeps the job, at low priority, and the lane goes on with
+                    another └ the deadline passes, or the worker dies: end it, fork another, ask once more ──▶ retry
+                    lane
 
-A lane waits for a job and for a ready worker; a worker becomes ready when it has answered, or has been started anew. So
-a slow answer holds a worker, never a lane for longer than PATIENCE_S while a spare is ready, and for the deadline
-otherwise. Retries have a lane and therefore a worker of their own: they wait for each other, first attempts never wait
-for them.
+A lane waits for a job, then for a ready worker, then at most PATIENCE_S for the answer. A worker is ready again when it
+has answered; one that is ended is replaced at once. At most `num_slow` workers hold slow jobs beside the lanes' own:
+only when all of them do must a lane wait, until a deadline frees one. Retries have a lane of their own: first attempts
+never wait for them.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from typing import Any
 
 import msgspec
 
+from verifiers.nursery import NurseryDied, Worker, WorkerNursery
 from verifiers.pool_metrics import PoolMetrics
 from verifiers.registry import Outcome
 from verifiers.types import RewardSpec
 from verifiers.wire import Job, Setup, WireError, encode
-from verifiers.worker_process import WorkerDied, WorkerProcess
 
-PATIENCE_S = 0.25
-START_DEADLINE_S = 120.0
+PATIENCE_S = 0.15
 MAX_ATTEMPTS = 2
-MAX_STARTS = 3
+MAX_NURSERIES = 3
 
 
 class CrewError(RuntimeError):
-    """No worker could be started; the message repeats the last one's end."""
+    """The workers cannot go on; the message says why."""
+
+
+class JudgeError(Exception):
+    """What a verifier raised in a worker, or how its workers ended."""
 
 
 class _Ask:
@@ -43,44 +46,42 @@ class _Ask:
         self.job, self.answer, self.num_attempts = job, answer, 0
 
 
-class JudgeError(Exception):
-    """What a verifier raised in a worker, or how the worker ended, twice."""
-
-
 class Crew:
-    """`num_workers` lanes, one for retries, and as many workers as that plus `num_spares`."""
+    """Workers for `num_workers` jobs at a time, for a retry, and for up to `num_slow` jobs that take long."""
 
-    def __init__(
-        self, num_workers: int, num_spares: int, setup: Setup, deadline_s: float, metrics: PoolMetrics
-    ) -> None:
-        self._num_workers, self._num_spares = num_workers, num_spares
+    def __init__(self, num_workers: int, num_slow: int, setup: Setup, deadline_s: float, metrics: PoolMetrics) -> None:
+        self._num_workers, self._num_slow = num_workers, num_slow
         self._setup, self._deadline_s, self._metrics = setup, deadline_s, metrics
+        self._nursery = WorkerNursery(setup)
+        self._num_nurseries = 0
+        self._renewal = asyncio.Lock()
         self._numbers = itertools.count(1)
         self._first: asyncio.Queue[_Ask] = asyncio.Queue()
         self._again: asyncio.Queue[_Ask] = asyncio.Queue()
-        self._ready: asyncio.Queue[WorkerProcess] = asyncio.Queue()
-        self._workers: set[WorkerProcess] = set()
+        self._ready: asyncio.Queue[Worker] = asyncio.Queue()
+        self._workers: set[Worker] = set()
+        self._num_detached = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._asks: set[_Ask] = set()
         self._failure: BaseException | None = None
-        self._is_closed = False
 
     async def start(self) -> None:
-        """Return once `num_workers` workers are past their self-test; the others follow one by one. WorkerDied where
-        one fails.
+        """Return when every worker is ready; NurseryDied where what they need cannot be imported or fails its
+        self-test.
         """
         try:
-            await asyncio.gather(*(self._add_worker() for _ in range(self._num_workers)))
+            await self._renew_nursery()
+            for _ in range(self._num_workers + 1):
+                await self._add_worker()
         except BaseException:
             await self.close()
             raise
         for _ in range(self._num_workers):
             self._watch(self._run_lane(self._first))
         self._watch(self._run_lane(self._again))
-        self._watch(self._add_workers(1 + self._num_spares))
 
     async def score(self, response: str, spec: RewardSpec, progress: float | None) -> Outcome | Exception:
-        """The outcome of one response, or the exception to report as its fault."""
+        """The outcome of one response, or the exception to report as its fault. CrewError where the crew has failed."""
         if self._failure is not None:
             raise CrewError(f"the verifier pool has failed: {self._failure}") from self._failure
         try:
@@ -106,70 +107,100 @@ class Crew:
         return sorted(worker.pid for worker in self._workers)
 
     async def close(self) -> None:
-        """End every worker and task; waiting callers get CrewError. Idempotent."""
-        self._is_closed = True
+        """End every worker and task; whoever waits gets CrewError. Idempotent."""
+        self._fail(CrewError("it was closed"))
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(worker.end() for worker in self._workers))
+        for worker in list(self._workers):
+            await self._nursery.end(worker)
         self._workers.clear()
-        self._fail(CrewError("it was closed"))
+        await self._nursery.close()
 
     async def _run_lane(self, queue: asyncio.Queue[_Ask]) -> None:
         while True:
             ask = await queue.get()
             if ask.answer.done():
                 continue
-            worker = await self._ready.get()
-            attempt = self._watch(self._attempt(ask, worker))
+            attempt = self._watch(self._attempt(ask, await self._ready.get()))
             await asyncio.wait({attempt}, timeout=PATIENCE_S)
 
-    async def _attempt(self, ask: _Ask, worker: WorkerProcess) -> None:
-        """One job on one worker. Afterwards the worker is ready again, or ended and another on its way."""
+    async def _attempt(self, ask: _Ask, worker: Worker) -> None:
+        """One job on one worker. Afterwards the worker is ready again, or ended and, where needed, replaced."""
         ask.num_attempts += 1
+        detach = asyncio.get_running_loop().call_later(PATIENCE_S, self._detach, worker)
+        failure = ""
         try:
             async with asyncio.timeout(self._deadline_s):
                 result = await worker.ask(ask.job)
         except TimeoutError:
             failure = f"no answer within rewards.deadline_s = {self._deadline_s:g} s"
-        except WorkerDied as error:
+        except (WireError, OSError) as error:
             failure = str(error)
-        else:
-            self._ready.put_nowait(worker)
+        was_slow = detach.when() <= asyncio.get_running_loop().time()
+        detach.cancel()
+        if not failure:
             self._metrics.num_by_workers += 1
             self._deliver(ask, result.outcome if result.outcome is not None else JudgeError(result.error))
+            if not was_slow:
+                self._ready.put_nowait(worker)
+                return
+        failure = await self._retire(worker, was_slow) or failure
+        if ask.answer.done():
             return
-        await worker.end()
-        self._workers.discard(worker)
-        self._metrics.num_restarts += 1
-        self._watch(self._add_workers(1))
         if ask.num_attempts < MAX_ATTEMPTS:
             self._metrics.num_retries += 1
             self._again.put_nowait(ask)
         else:
-            self._deliver(ask, JudgeError(f"{failure}, {MAX_ATTEMPTS} times"))
+            self._deliver(ask, JudgeError(f"{failure} ({MAX_ATTEMPTS} attempts)"))
+
+    def _detach(self, worker: Worker) -> None:
+        """A slow job keeps its worker; the lane gets another, while the limit allows."""
+        worker.yield_cpu()
+        self._num_detached += 1
+        if self._num_detached <= self._num_slow:
+            self._watch(self._add_worker())
+
+    async def _retire(self, worker: Worker, was_slow: bool) -> str:
+        """End a worker; how it had ended, if by itself. It is replaced unless that happened when it became slow."""
+        how = await self._nursery.end(worker)
+        self._workers.discard(worker)
+        self._metrics.num_restarts += 1
+        is_replaced = was_slow and self._num_detached <= self._num_slow
+        self._num_detached -= was_slow
+        if not is_replaced:
+            await self._add_worker()
+        return how
 
     def _deliver(self, ask: _Ask, outcome: Outcome | Exception) -> None:
         if not ask.answer.done():
             ask.answer.set_result(outcome)
 
-    async def _add_workers(self, num_workers: int) -> None:
-        for _ in range(num_workers):
-            for attempt in range(1, MAX_STARTS + 1):
-                try:
-                    await self._add_worker()
-                    break
-                except WorkerDied:
-                    if attempt == MAX_STARTS:
-                        raise
-
     async def _add_worker(self) -> None:
-        worker = await WorkerProcess.start(self._setup, START_DEADLINE_S)
+        while True:
+            nursery = self._nursery
+            try:
+                worker = await nursery.spawn()
+                break
+            except NurseryDied as error:
+                await self._renew_nursery(nursery, error)
         self._workers.add(worker)
-        if self._is_closed:
-            await worker.end()
         self._ready.put_nowait(worker)
+
+    async def _renew_nursery(self, broken: WorkerNursery | None = None, cause: Exception | None = None) -> None:
+        """Start the nursery, or another in place of a broken one; its workers ended with it and are replaced as they
+        are missed.
+        """
+        async with self._renewal:
+            if broken is not None and broken is not self._nursery:
+                return
+            if self._num_nurseries == MAX_NURSERIES:
+                raise CrewError(f"the nursery of verifier workers ended {MAX_NURSERIES} times: {cause}")
+            self._num_nurseries += 1
+            await self._nursery.close()
+            self._nursery = WorkerNursery(self._setup)
+            await self._nursery.start()
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine of the crew's; its failure is the crew's."""

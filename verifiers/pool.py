@@ -26,7 +26,7 @@ from verifiers.types import RewardOptions, RewardSpec, Verdict
 from verifiers.wire import Setup
 from verifiers.worker import SelfTestError
 
-DEFAULT_MEMORY_LIMIT_BYTES = 2 * 1024**3
+DEFAULT_MEMORY_LIMIT_BYTES = 1024**3
 T = TypeVar("T")
 MAX_CACHED = 65_536
 # Longer questions are not remembered: the cache stays under MAX_CACHED × this many characters.
@@ -45,7 +45,7 @@ class VerifierPool:
     deadline_s            seconds a response may take in a worker, on each of at most two attempts
     memory_limit_bytes    address space of a worker
     max_response_chars    a longer response is a bad answer
-    num_spares            ready workers that take over from slow ones
+    num_slow              workers that may hold slow jobs beside the num_workers
     fault_limit           share of faults among a source's latest verdicts from which `score` raises FaultRateError
     preload               verifiers that workers import before their first job
     """
@@ -58,7 +58,7 @@ class VerifierPool:
         memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
         max_response_chars: int | None = None,
         *,
-        num_spares: int | None = None,
+        num_slow: int = 16,
         fault_limit: float = 0.25,
         preload: Sequence[str] = ("mathverify",),
     ) -> None:
@@ -72,9 +72,8 @@ class VerifierPool:
         )
         self._metrics = PoolMetrics()
         self._breaker = CircuitBreaker(fault_limit)
-        spares = max(1, num_workers // 4) if num_spares is None else num_spares
         setup = Setup(self.options, memory_limit_bytes, tuple(preload))
-        self._crew = Crew(num_workers, spares, setup, self.options.deadline_s, self._metrics)
+        self._crew = Crew(num_workers, num_slow, setup, self.options.deadline_s, self._metrics)
         self._front = ThreadPoolExecutor(max_workers=1, thread_name_prefix="verifier-front")
         self._known: OrderedDict[tuple[Hashable, ...], Outcome] = OrderedDict()
         self._on_their_way: dict[tuple[Hashable, ...], asyncio.Task[Outcome | Exception]] = {}
@@ -82,7 +81,7 @@ class VerifierPool:
     async def start(self) -> None:
         """Return when the kernels are compiled and every worker has told a right answer from a wrong one.
 
-        Raises SelfTestError or WorkerDied, with nothing left running.
+        Raises SelfTestError or NurseryDied, with nothing left running.
         """
         try:
             await asyncio.gather(self._crew.start(), self._in_front(self._test_front))
@@ -142,12 +141,12 @@ class VerifierPool:
             return
         waiting = []
         for index, task in zip(batch.indices, batch.tasks, strict=True):
-            outcome = batch.implementation.score_at_once(task)
-            if outcome is None:
+            known = batch.implementation.score_at_once(task)
+            if known is None:
                 waiting.append(self._settle_one(routed, batch, index, task, progress))
             else:
                 self._metrics.num_in_front += 1
-                routed.settle(index, outcome)
+                routed.settle(index, known)
         await asyncio.gather(*waiting)
 
     async def _settle_one(self, routed: Routed, batch: Batch, index: int, task: Task, progress: float | None) -> None:

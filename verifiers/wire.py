@@ -1,7 +1,8 @@
-"""What the pool and its workers say to each other: msgspec structs in frames, a 4-byte big-endian length before each.
+"""What the pool, its nursery and its workers say to each other: msgspec structs in frames, a 4-byte big-endian length
+first.
 
-A socket pair joins one pool and one worker. Frames arrive in order; a frame over the limit, of another type, or
-answering another job ends the worker. Nothing on this wire can run code.
+A socket pair joins the pool with its nursery, another with each worker. Frames arrive in order; a frame over the limit
+or of another type is a WireError, which ends that worker. Nothing on this wire can run code.
 """
 
 from __future__ import annotations
@@ -26,21 +27,36 @@ class WireError(ConnectionError):
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """The first frame to a worker. `preload` names the verifiers it will be asked for."""
+    """Pool → nursery, first. `preload` names the verifiers its workers will be asked for."""
 
     options: RewardOptions
     memory_limit_bytes: int
     preload: tuple[str, ...]
 
 
-class Ready(msgspec.Struct, frozen=True):
-    """A worker's first frame: everything is imported and the self-test passed."""
+class Spawn(msgspec.Struct, frozen=True, tag=True):
+    """Pool → nursery: fork a worker. Two file descriptors travel with it: the worker's socket and its standard error."""
+
+
+class End(msgspec.Struct, frozen=True, tag=True):
+    """Pool → nursery: kill a worker with everything it started, and collect it."""
 
     pid: int
 
 
+class Done(msgspec.Struct, frozen=True):
+    """Nursery → pool, after Setup (its own pid), Spawn (the worker's) and End.
+
+    `status`: the exit status of a worker that had ended by itself, negative for a signal; None where it was killed
+    here.
+    """
+
+    pid: int
+    status: int | None = None
+
+
 class Job(msgspec.Struct, frozen=True):
-    """One response to score; `progress` None means evaluation."""
+    """Pool → worker: one response to score; `progress` None means evaluation."""
 
     number: int
     response: str
@@ -49,7 +65,7 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """The outcome of a job, or what the verifier raised."""
+    """Worker → pool: the outcome of a job, or what the verifier raised."""
 
     number: int
     outcome: Outcome | None
@@ -69,7 +85,7 @@ def decode(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.msgpack.decode(body, type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise WireError(f"a frame that is no {kind.__name__}: {error}") from error
+        raise WireError(f"a frame that is no {kind}: {error}") from error
 
 
 def body_length(header: bytes) -> int:
@@ -81,18 +97,28 @@ def body_length(header: bytes) -> int:
 
 
 async def receive(reader: asyncio.StreamReader, kind: type[T]) -> T:
-    """The next frame on the pool's side; WireError where the worker hung up."""
+    """The next frame from a worker; WireError where it hung up."""
     try:
         return decode(await reader.readexactly(body_length(await reader.readexactly(_LENGTH.size))), kind)
     except asyncio.IncompleteReadError as error:
-        raise WireError("the worker hung up") from error
+        raise WireError("hung up") from error
 
 
 def receive_blocking(connection: socket.socket, kind: type[T]) -> T | None:
-    """The next frame on the worker's side; None where the pool hung up."""
+    """The next frame of a blocking socket; None where the other side hung up."""
     header = _read_exactly(connection, _LENGTH.size)
     body = None if header is None else _read_exactly(connection, body_length(header))
     return None if body is None else decode(body, kind)
+
+
+def receive_with_files(connection: socket.socket, max_files: int) -> tuple[Spawn | End | None, list[int]]:
+    """The next order to the nursery and the descriptors that came with it. The two sides take turns, so a read holds
+    one frame.
+    """
+    data, files, _, _ = socket.recv_fds(connection, _LENGTH.size + MAX_FRAME_BYTES, max_files)
+    if not data:
+        return None, files
+    return msgspec.msgpack.decode(data[_LENGTH.size :], type=Spawn | End), files
 
 
 def _read_exactly(connection: socket.socket, num_bytes: int) -> bytes | None:
