@@ -29,8 +29,9 @@ from typing import Literal
 import msgspec
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore
 
 from vtriune.messages import Rendezvous, WeightManifest
 

@@ -14,7 +14,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Frozen; an unknown key is an error that names the nearest known one."""
 
 
-class Run(_Section):
+class Run(_Section, frozen=True):
     name: str = "run"
     folder: str = "runs"
     """The run's own folder is `<folder>/<name>`."""
@@ -24,7 +24,7 @@ class Run(_Section):
     epochs: int | None = None
 
 
-class Generators(_Section):
+class Generators(_Section, frozen=True):
     procs: int = 1
     threads: int = 2
     """OMP threads of each engine (CPU)."""
@@ -41,20 +41,20 @@ class Generators(_Section):
     """Restart budget of the whole role."""
 
 
-class Verifiers(_Section):
+class Verifiers(_Section, frozen=True):
     procs: int = 1
     workers: int = 1
     """Worker processes for everything that is not perception."""
     restarts: int = 2
 
 
-class Learner(_Section):
+class Learner(_Section, frozen=True):
     procs: int = 1
     threads: int = 2
     gpus: int = 0
 
 
-class Cluster(_Section):
+class Cluster(_Section, frozen=True):
     launcher: Literal["local", "ray"] = "local"
     bind: str = "ipc"
     """`ipc`, `127.0.0.1`, or an interface's address; anything but the first two turns CURVE on."""
@@ -70,7 +70,7 @@ class Cluster(_Section):
     """No group scored and no update done for this long: every process's stacks are dumped and the run ends."""
 
 
-class Model(_Section):
+class Model(_Section, frozen=True):
     path: str = ""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     freeze: list[Module] = msgspec.field(default_factory=lambda: ["vit", "connector"])
@@ -80,7 +80,7 @@ class Model(_Section):
     offload: Literal["none", "optimizer", "all"] = "none"
 
 
-class Data(_Section):
+class Data(_Section, frozen=True):
     train: list[str] = msgspec.field(default_factory=list)
     """Parquet files; a glob pattern is expanded."""
     test: list[str] = msgspec.field(default_factory=list)
@@ -93,7 +93,7 @@ class Data(_Section):
     on_bad_row: Literal["refuse", "quarantine"] = "refuse"
 
 
-class Phase(_Section):
+class Phase(_Section, frozen=True):
     """One stretch of the training-progress schedule of `policy`."""
 
     until: float | None = None
@@ -102,7 +102,7 @@ class Phase(_Section):
     max_staleness: int = 0
 
 
-class Policy(_Section):
+class Policy(_Section, frozen=True):
     mode: Literal["on_policy", "off_policy"] = "on_policy"
     max_staleness: int | None = None
     """Hard bound. None: 0 on-policy, 2 off-policy."""
@@ -122,7 +122,7 @@ class Policy(_Section):
     """A lease older than this is issued again."""
 
 
-class SamplingSection(_Section):
+class SamplingSection(_Section, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
@@ -131,7 +131,7 @@ class SamplingSection(_Section):
     """Seed each completion from run.seed and its group id; slower on some engines."""
 
 
-class Loss(_Section):
+class Loss(_Section, frozen=True):
     kind: Literal["grpo", "dr_grpo", "gspo", "cispo"] = "grpo"
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -145,7 +145,7 @@ class Loss(_Section):
     entropy_weight: float = 0.0
 
 
-class Optimizer(_Section):
+class Optimizer(_Section, frozen=True):
     lr: float = 1e-6
     lr_vit: float | None = None
     lr_connector: float | None = None
@@ -160,12 +160,12 @@ class Optimizer(_Section):
     """Tokens of one packed micro-batch."""
 
 
-class IouStep(_Section):
+class IouStep(_Section, frozen=True):
     until: float
     threshold: float
 
 
-class Rewards(_Section):
+class Rewards(_Section, frozen=True):
     iou_threshold: Literal["average", "dynamic"] | float = "dynamic"
     iou_schedule: list[IouStep] = msgspec.field(
         default_factory=lambda: [
@@ -195,7 +195,7 @@ class Rewards(_Section):
     """Import paths that rows may name for the `python` verifier."""
 
 
-class Evaluation(_Section):
+class Evaluation(_Section, frozen=True):
     every: int = 0
     """Versions between evaluations; 0: none during training."""
     before: bool = True
@@ -208,25 +208,25 @@ class Evaluation(_Section):
     """Empty: `data.test`."""
 
 
-class Checkpoint(_Section):
+class Checkpoint(_Section, frozen=True):
     every: int = 0
     """Versions between checkpoints; 0: only at the end and on Ctrl-C."""
     keep: int = 2
 
 
-class Tracking(_Section):
+class Tracking(_Section, frozen=True):
     wandb: Literal["offline", "online", "off"] = "offline"
     project: str = "vtriune"
     console: Literal["auto", "rich", "plain"] = "auto"
 
 
-class Alarms(_Section):
+class Alarms(_Section, frozen=True):
     max_mismatch: float = 1e-2
     """On `mismatch/max_abs` of tokens sampled at the learner's own version: above it a warning is logged."""
     max_truncation: float = 0.5
 
 
-class Config(_Section):
+class Config(_Section, frozen=True):
     """One training run."""
 
     run: Run = Run()

@@ -1,0 +1,176 @@
+"""The whole system as a user starts it: real vLLM, real sockets, real processes, the shipped model on the digits data."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "policy.rollout_batch=8",
+    "policy.group_size=4",
+    "cluster.generators.max_sequences=32",
+    "evaluation.rows=16",
+    "evaluation.every=0",
+    "checkpoint.every=0",
+    "sampling.max_tokens=32",
+]
+
+
+class Job:
+    """One `python -m vtriune.launch` over the digits file, with its output in a file."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.run_folder = folder / "job"
+        self.output = folder / "output.txt"
+        command = [
+            sys.executable,
+            "-m",
+            "vtriune.launch",
+            "examples/digits.yaml",
+            f"run.folder={folder}",
+            "run.name=job",
+        ]
+        # The stores are shared by all tests of a session: they are keyed by content.
+        command += [f"data.store={folder.parent / 'stores'}", *SMALL, *overrides]
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.family: dict[int, str] = {}
+
+    def lines(self) -> list[dict[str, float]]:
+        path = self.run_folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def wait_for(self, is_so: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
+        end = time.monotonic() + timeout_s
+        while not is_so():
+            assert self.process.poll() is None, f"ended while waiting for {what}:\n{self.text()}"
+            assert time.monotonic() < end, f"no {what} within {timeout_s} s:\n{self.text()}"
+            self.family |= {
+                child.pid: role_of(child) for child in psutil.Process(self.process.pid).children(recursive=True)
+            }
+            time.sleep(0.1)
+
+    def wait_for_version(self, version: int) -> None:
+        self.wait_for(lambda: any(line["version"] >= version for line in self.lines()), f"version {version}")
+
+    def pid_of(self, role: str) -> int:
+        return next(pid for pid, name in self.family.items() if role in name and psutil.pid_exists(pid))
+
+    def finish(self, timeout_s: float = 240) -> int:
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.text()}") from None
+
+    def text(self) -> str:
+        return self.output.read_text()[-6000:]
+
+    def left_behind(self) -> list[int]:
+        return [
+            pid
+            for pid in self.family
+            if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        ]
+
+
+def role_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) or process.name()
+    except psutil.Error:
+        return ""
+
+
+@pytest.mark.timeout(420)
+def test_a_run_stopped_by_ctrl_c_resumes_and_ends_with_everything_it_promises(tmp_path: Path) -> None:
+    job = Job(tmp_path, "run.steps=4")
+    job.wait_for_version(1)
+    os.kill(job.process.pid, signal.SIGINT)
+    assert job.finish(60) == 0, job.text()
+    stopped_at = max(line["version"] for line in job.lines())
+    assert 1 <= stopped_at < 4
+    assert (job.run_folder / "checkpoints" / f"step-{stopped_at:.0f}" / "manifest.json").is_file()
+    assert job.left_behind() == []
+
+    again = Job(tmp_path, "run.steps=4")
+    assert again.finish() == 0, again.text()
+    lines = again.lines()
+    assert [line["version"] for line in lines] == [0, 1, 2, 3, 4]
+    assert all(line["mismatch/max_abs"] <= 1e-4 for line in lines[1:])
+    assert all(line["staleness/max"] == 0 for line in lines[1:])
+    assert all(line["publish/canary_max_abs"] <= 1e-4 for line in lines[1:])
+    for key in ("update", "reward/mean", "throughput/completions_per_s"):
+        assert all(key in line for line in lines[1:]), key
+    for line in (lines[0], lines[-1]):
+        assert 0 < line["eval/reward/mean"] <= 1
+        assert sum(key.startswith("eval/source/") and key.endswith("/reward/mean") for key in line) == 8
+    rows = [
+        row for path in (again.run_folder / "rollouts").glob("*.parquet") for row in pq.read_table(path).to_pylist()
+    ]
+    trained = {row["group_id"] for row in rows if row["purpose"] == "train"}
+    assert trained >= set(range(32))
+    from transformers import AutoModelForImageTextToText
+
+    exported = again.run_folder / "checkpoints" / "step-4" / "hf"
+    assert AutoModelForImageTextToText.from_pretrained(exported).config.model_type == "qwen2_5_vl"
+    for path in ("config.yaml", "logs/learner-0.log", "wandb"):
+        assert (again.run_folder / path).exists(), path
+    assert not (again.run_folder / "failure.json").exists()
+
+
+@pytest.mark.timeout(420)
+def test_off_policy_stays_within_its_bound_and_survives_a_killed_generator(tmp_path: Path) -> None:
+    job = Job(tmp_path, "run.steps=10", "policy.mode=off_policy", "policy.max_staleness=2", "evaluation.before=false")
+    job.wait_for_version(2)
+    os.kill(job.pid_of("generator"), signal.SIGKILL)
+    assert job.finish() == 0, job.text()
+    lines = job.lines()
+    assert [line["version"] for line in lines] == list(range(1, 11))
+    staleness = [line["staleness/max"] for line in lines]
+    assert 0 < max(staleness) <= 2
+    assert lines[-1]["generators/deaths"] == 1
+    assert lines[-1]["ledger/consumed"] == 80
+    assert lines[-1]["ledger/lost"] == 0
+    assert all(line["mismatch/max_abs"] <= 1e-4 for line in lines)
+    assert job.left_behind() == []
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_learner_ends_the_run_with_a_report_and_leaves_nothing(tmp_path: Path) -> None:
+    job = Job(tmp_path, "run.steps=50", "evaluation.before=false")
+    job.wait_for_version(1)
+    killed_at = time.monotonic()
+    os.kill(job.pid_of("learner"), signal.SIGKILL)
+    assert job.finish(30) == 1, job.text()
+    assert time.monotonic() - killed_at < 30
+    failure = json.loads((job.run_folder / "failure.json").read_text())
+    assert (failure["role"], failure["rank"], failure["signal"]) == ("learner", 0, "SIGKILL")
+    assert "RUN FAILED in learner 0" in job.text()
+    assert job.left_behind() == []
+
+
+@pytest.mark.timeout(60)
+def test_a_mistyped_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    job = Job(tmp_path, "policy.rolout_batch=3")
+    assert job.finish(30) == 2
+    assert "did you mean policy.rollout_batch?" in job.text()
+    assert not job.run_folder.exists()
+
+
+@pytest.mark.timeout(120)
+def test_a_dry_run_checks_everything_and_starts_no_engine(tmp_path: Path) -> None:
+    job = Job(tmp_path, "--dry-run")
+    assert job.finish(100) == 0, job.text()
+    assert "fit to run" in job.text()
+    assert not job.run_folder.exists()
