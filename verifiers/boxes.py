@@ -110,7 +110,7 @@ def recover_boxes(text: str) -> list[Box]:
 
 
 def _read_item(numbers: str, item: str) -> Box | None:
-    parts = [part.strip() for part in numbers.split(",")]
+    parts = [part.strip() for part in numbers.strip(" [(").split(",")]
     if len(parts) != 4 or len(item) > MAX_ITEM_CHARS or not all(map(_NUMBER.fullmatch, parts)):
         return None
     label = _LABEL.search(item)

@@ -53,9 +53,9 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DetectionParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of a detection row.
 
-    `frame` is the frame of predicted boxes, `gold_frame` that of the gold's. Where the gold's is not given it is
-    `norm_1` if `det_verifier_normalized`, else `original_px`; where the prediction's is not given it is the gold's for
-    normalised rows, else `rewards.frame`. Frames that differ need the sizes [width, height] they are defined by.
+    `frame` is the frame of predicted boxes, `gold_frame` that of the gold's. `det_verifier_normalized` means what it means in
+    the released data: a gold in `norm_1000` and predictions in `resized_px`. Otherwise the gold's is `original_px` and the
+    predictions' is `rewards.frame`. Frames that differ need the sizes [width, height] they are defined by.
     """
 
     det_reward_ratio: Weights = Weights()
@@ -81,8 +81,8 @@ def weight_row(weights: Weights) -> list[float]:
 
 @lru_cache(maxsize=4_096)
 def _prepared(params: DetectionParams, frame: Frame) -> tuple[list[float], tuple[float, float] | None]:
-    gold_frame = params.gold_frame or ("norm_1" if params.det_verifier_normalized else "original_px")
-    predicted_frame = params.frame or (gold_frame if params.det_verifier_normalized else frame)
+    gold_frame = params.gold_frame or ("norm_1000" if params.det_verifier_normalized else "original_px")
+    predicted_frame = params.frame or ("resized_px" if params.det_verifier_normalized else frame)
     try:
         scale = scale_between(predicted_frame, gold_frame, params.original_size, params.resized_size)
     except FrameError as error:

@@ -124,12 +124,10 @@ def score_samples(
         row[ACCURACY] = 0.0
         total_weight = 0.0
         for score in range(NUM_SCORES):
+            row[WEIGHTED + score] = row[PURE + score] * penalty
+            row[ACCURACY] += weight[score] * row[WEIGHTED + score]
             total_weight += weight[score]
-        for score in range(NUM_SCORES):
-            row[WEIGHTED + score] = 0.0
-            if weight[score] > 0.0:
-                row[WEIGHTED + score] = weight[score] * row[PURE + score] * penalty / total_weight
-                row[ACCURACY] += row[WEIGHTED + score]
+        row[ACCURACY] /= total_weight
 
 
 Side = tuple[list[float], list[int], list[int]]

@@ -1,7 +1,7 @@
 """Which prediction stands for which gold box: label-first, IoU-first and optimal, at many thresholds in one call.
 
-Every kernel takes IoU [N, G] and `agrees` [N, G] (same label), and writes per threshold t the total IoU and the number
-M of matches. Where labels differ a pair earns nothing: neither IoU nor a match.
+Every kernel takes IoU [N, G] and `agrees` [N, G] (same label), and writes per threshold t the total IoU and the number M of
+matches. IoU-first pairs boxes whatever their labels: a pair of different labels is a match that earns no IoU.
 """
 
 from __future__ import annotations
@@ -78,11 +78,10 @@ def match_iou_first(overlap: Matrix, agrees: Mask, thresholds: Matrix, total: Ma
             return
         used[best_p] = True
         covered[best_g] = True
-        if best_agrees:
-            for t in range(thresholds.shape[0]):
-                if best >= thresholds[t]:
-                    total[t] += best
-                    matches[t] += 1.0
+        for t in range(thresholds.shape[0]):
+            if best >= thresholds[t]:
+                total[t] += best if best_agrees else 0.0
+                matches[t] += 1.0
 
 
 @compiled("int64[::1](float64[:, ::1])")
@@ -158,6 +157,6 @@ def match_optimal(
         matches[t] = 0.0
         for i in range(num_rows):
             p, g = (i, column_of[i]) if wide else (column_of[i], i)
-            if agrees[p, g] and overlap[p, g] >= thresholds[t]:
-                total[t] += overlap[p, g]
+            if overlap[p, g] >= thresholds[t] and (agrees[p, g] or not same_label_only):
+                total[t] += overlap[p, g] if agrees[p, g] else 0.0
                 matches[t] += 1.0

@@ -1,0 +1,211 @@
+"""The reward library over HTTP, for trainers that are not ours: `python -m verifiers.serve --port 8000 --workers 4`.
+
+    POST /score   {"responses": […], "specs": [{…}], "progress": 0.5, "sources": […]} → {"verdicts": [{…}]}
+    POST /judge   the released V-Triune server's request → its answer; what it answered with zeros is an error here
+    GET  /metrics flat figures                              GET /health
+
+Errors have one form, {"error": {"type", "message"}}: 400 for a request that cannot be read, 401 without the token, 413 over the size
+limit, 422 `bad_row` for a row or gold answer that cannot be used, 503 `fault` where a verifier could not judge. A fault inside /score is
+a verdict with status `fault` and null scores. Loopback only, unless a token is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import ipaddress
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+from verifiers.breaker import FaultRateError
+from verifiers.crew import CrewError
+from verifiers.pool import VerifierPool
+from verifiers.scoring import validate_spec
+from verifiers.types import RewardOptions, RewardSpec, Verdict
+
+MAX_BODY_BYTES = 32 * 1024 * 1024
+TOKEN_VARIABLE = "VERIFIERS_TOKEN"
+
+
+class ScoreRequest(msgspec.Struct, frozen=True):
+    """A batch; `progress` null means evaluation."""
+
+    responses: list[str]
+    specs: list[RewardSpec]
+    progress: float | None = 1.0
+    sources: list[str] | None = None
+
+
+class JudgeRequest(msgspec.Struct, frozen=True):
+    """The released server's request: one response; `solution` is the gold answer, `reward_verifier_parm` JSON in a string."""
+
+    response: str
+    answer: str
+    solution: str
+    data_source: str
+    reward_verifier: str
+    reward_verifier_parm: str
+    prompt: str = ""
+    format_ratio: float | None = None
+    accuracy_ratio: float | None = None
+
+
+class ReleasedParms(msgspec.Struct, frozen=True):
+    """What the released trainer puts into `reward_verifier_parm` besides the row's own parameters."""
+
+    is_training: bool = True
+    step: float = 1.0
+    total_steps: float = 1.0
+    image_grid_thw: list[tuple[int, int, int]] | None = None
+    image_path: Any = None
+
+
+class RequestError(Exception):
+    """A request that is answered with an error: status code, type, message."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.kind = status, kind
+
+
+def _answer(content: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status_code=status, media_type="application/json")
+
+
+async def _body(request: Request, kind: type[msgspec.Struct]) -> Any:
+    """The request's body as a struct; at most MAX_BODY_BYTES of it are held."""
+    parts = bytearray()
+    async for part in request.stream():
+        parts += part
+        if len(parts) > MAX_BODY_BYTES:
+            raise RequestError(413, "too_large", f"a body over {MAX_BODY_BYTES} bytes")
+    try:
+        return msgspec.json.decode(bytes(parts), type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(400, "bad_request", str(error)) from error
+
+
+def released_request(asked: JudgeRequest) -> tuple[RewardSpec, float | None]:
+    """The spec and progress of a released request: its training step is our progress, its image grid the resized image's size."""
+    try:
+        parms = msgspec.json.decode(asked.reward_verifier_parm or "{}", type=dict[str, Any])
+        extra = msgspec.convert(
+            {name: parms.pop(name) for name in ReleasedParms.__struct_fields__ if name in parms}, ReleasedParms
+        )
+    except msgspec.DecodeError as error:
+        raise RequestError(400, "bad_request", f"reward_verifier_parm: {error}") from error
+    if extra.image_grid_thw and parms.get("det_verifier_normalized"):
+        _, height, width = extra.image_grid_thw[0]
+        parms["resized_size"] = [width, height]
+    spec = RewardSpec(
+        answer=asked.answer,
+        ground_truth=asked.solution,
+        accuracy_ratio=1.0 if asked.accuracy_ratio is None else asked.accuracy_ratio,
+        format_ratio=0.1 if asked.format_ratio is None else asked.format_ratio,
+        verifier=asked.reward_verifier,
+        verifier_parm=parms,
+    )
+    progress = min(1.0, extra.step / extra.total_steps) if extra.is_training and extra.total_steps > 0 else None
+    return spec, progress
+
+
+def released_answer(verdict: Verdict) -> dict[str, dict[str, float]]:
+    """A verdict in the released server's form, every component under its name and `_reward`."""
+    rewards = {f"{name}_reward": value for name, value in verdict.components.items()}
+    rewards |= {"format_reward": verdict.format, "accuracy_reward": verdict.accuracy}
+    return {"rewards": rewards | {"reflection_reward": 0.0, "final_reward": verdict.reward}}
+
+
+def create_app(pool: VerifierPool, token: str | None = None) -> FastAPI:
+    """The application; it starts the pool and closes it. With a token every request must carry `Authorization: Bearer <token>`."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await pool.start()
+        try:
+            yield
+        finally:
+            await pool.close()
+
+    app = FastAPI(title="verifiers", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("authorization", "")
+        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            return _answer({"error": {"type": "unauthorized", "message": "a bearer token is required"}}, 401)
+        return await call_next(request)
+
+    @app.exception_handler(RequestError)
+    async def refused(_request: Request, error: RequestError) -> Response:
+        return _answer({"error": {"type": error.kind, "message": str(error)}}, error.status)
+
+    async def verdicts(
+        responses: list[str], specs: list[RewardSpec], progress: float | None, sources: list[str]
+    ) -> list[Verdict]:
+        try:
+            return await pool.score(responses, specs, progress, sources)
+        except (FaultRateError, CrewError) as error:
+            raise RequestError(503, type(error).__name__, str(error)) from error
+
+    @app.post("/score")
+    async def score(request: Request) -> Response:
+        asked: ScoreRequest = await _body(request, ScoreRequest)
+        sources = asked.sources or [""] * len(asked.responses)
+        if not len(asked.responses) == len(asked.specs) == len(sources):
+            raise RequestError(400, "bad_request", "responses, specs and sources differ in length")
+        return _answer({"verdicts": await verdicts(asked.responses, asked.specs, asked.progress, sources)})
+
+    @app.post("/judge")
+    async def judge(request: Request) -> Response:
+        asked: JudgeRequest = await _body(request, JudgeRequest)
+        spec, progress = released_request(asked)
+        problem = validate_spec(spec, options=pool.options)
+        if problem is not None:
+            raise RequestError(422, "bad_row", problem)
+        verdict = (await verdicts([asked.response], [spec], progress, [asked.data_source]))[0]
+        if verdict.status == "fault":
+            raise RequestError(422 if verdict.reason.startswith("bad row") else 503, "fault", verdict.reason)
+        return _answer(released_answer(verdict))
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return _answer(pool.metrics())
+
+    @app.get("/health")
+    async def health() -> Response:
+        return _answer({"num_workers": len(pool.worker_pids)})
+
+    return app
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--options", default="{}", help="rewards.* options as a JSON object")
+    arguments = parser.parse_args()
+    token = os.environ.get(TOKEN_VARIABLE)
+    is_loopback = arguments.host == "localhost" or ipaddress.ip_address(arguments.host).is_loopback
+    if token is None and not is_loopback:
+        parser.error(
+            f"{arguments.host} is reachable from other machines: set {TOKEN_VARIABLE} to a secret that clients must send"
+        )
+    try:
+        options = msgspec.json.decode(arguments.options, type=RewardOptions)
+    except (msgspec.DecodeError, ValueError) as error:
+        parser.error(f"--options: {error}")
+    app = create_app(VerifierPool(arguments.workers, options), token)
+    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()
