@@ -19,7 +19,7 @@ A key whose mean would be over nothing is left out: a JSON line holds no NaN.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -67,6 +67,9 @@ class CorrectRule(msgspec.Struct, frozen=True):
         return verdict.accuracy >= 1 - _TOLERANCE if value is None else value >= self.threshold
 
 
+BY_ACCURACY_OR_IOU = CorrectRule()
+
+
 class ResponseStats(msgspec.Struct, frozen=True):
     """What the metrics need of one response."""
 
@@ -87,7 +90,7 @@ class GroupStats(msgspec.Struct, frozen=True):
     responses: list[ResponseStats]
 
 
-def summarise(group: ScoredGroup, rule: CorrectRule = CorrectRule()) -> GroupStats:
+def summarise(group: ScoredGroup, rule: CorrectRule = BY_ACCURACY_OR_IOU) -> GroupStats:
     """The figures of one group; everything else of it can be forgotten."""
     responses = [
         ResponseStats(
@@ -113,7 +116,7 @@ def reflection_counts(text: str) -> dict[str, int]:
 
 
 def source_metrics(
-    groups: Iterable[ScoredGroup | GroupStats], *, version: int | None = None, rule: CorrectRule = CorrectRule()
+    groups: Iterable[ScoredGroup | GroupStats], *, version: int | None = None, rule: CorrectRule = BY_ACCURACY_OR_IOU
 ) -> dict[str, float]:
     """Every metric of the module docstring, over all groups and per source.
 
@@ -144,7 +147,7 @@ _EVALUATION_KEYS = (
 
 
 def evaluation_metrics(
-    groups: Iterable[ScoredGroup | GroupStats], *, prefix: str = "eval", rule: CorrectRule = CorrectRule()
+    groups: Iterable[ScoredGroup | GroupStats], *, prefix: str = "eval", rule: CorrectRule = BY_ACCURACY_OR_IOU
 ) -> dict[str, float]:
     """`eval/reward/mean`, `eval/source/<data_source>/reward/mean` and the like: rewards, correctness, length, truncation, faults,
     and every component."""
@@ -199,7 +202,7 @@ class _Tally:
         for response in group.responses:
             self._add_response(response)
         judged = [response for response in group.responses if response.verdict.status != "fault"]
-        if judged:
+        if len(judged) > 1:
             rewards = [response.verdict.reward for response in judged]
             is_flat = max(rewards) - min(rewards) <= _TOLERANCE
             is_right = all(response.is_correct for response in judged)
