@@ -1,0 +1,147 @@
+"""Actors the runtime's tests spawn."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from vtriune.runtime import Actor, ActorMesh, MeshFailure, current_rank, endpoint, this_host
+
+
+class Group(msgspec.Struct):
+    name: str
+    tokens: list[np.ndarray]
+    rewards: npt.NDArray[np.float32]
+    note: str | None = None
+
+
+class Echo(Actor):
+    def __init__(self, greeting: str = "hello") -> None:
+        self.greeting = greeting
+        self.log: list[int] = []
+
+    @endpoint
+    async def greet(self, name: str) -> str:
+        return f"{self.greeting} {name}"
+
+    @endpoint
+    async def ping(self, x: int) -> int:
+        return x
+
+    @endpoint
+    async def sink(self, data: bytes) -> int:
+        return len(data)
+
+    @endpoint
+    async def mirror(self, group: Group) -> Group:
+        return group
+
+    @endpoint
+    async def where(self) -> tuple[int, dict[str, int], int]:
+        point = current_rank()
+        return point.rank, dict(point), os.getpid()
+
+    @endpoint
+    async def nap(self, seconds: float) -> str:
+        await asyncio.sleep(seconds)
+        return "rested"
+
+    @endpoint
+    def block(self, seconds: float, mark: int = 0) -> str:
+        time.sleep(seconds)
+        self.log.append(mark)
+        return threading.current_thread().name
+
+    @endpoint
+    async def note(self, mark: int) -> None:
+        self.log.append(mark)
+
+    @endpoint
+    async def marks(self) -> list[int]:
+        return self.log
+
+    @endpoint
+    async def fail(self, text: str) -> None:
+        raise ValueError(text)
+
+    @endpoint
+    async def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @endpoint
+    async def leave(self, code: int) -> None:
+        print("last words", flush=True)
+        os._exit(code)
+
+
+class Relay(Actor):
+    def __init__(self, echo: Echo, untyped: ActorMesh | None = None) -> None:
+        self.echo = echo
+        self.untyped = untyped
+
+    @endpoint
+    async def ask(self, name: str) -> str:
+        return await self.echo.greet.choose(name)
+
+    @endpoint
+    def ask_blocking(self, name: str) -> list[str]:
+        return list(self.echo.greet.call(name).get(timeout=10).values())
+
+    @endpoint
+    async def tell(self, echo: Echo, mark: int) -> None:
+        await echo.note.broadcast(mark)
+
+    @endpoint
+    async def ask_untyped(self, name: str) -> str:
+        assert self.untyped is not None
+        return await self.untyped.greet.choose(name)
+
+
+class Fragile(Actor):
+    def __init__(self, text: str) -> None:
+        raise RuntimeError(text)
+
+    @endpoint
+    async def ping(self) -> int:
+        return 1
+
+
+class Owner(Actor):
+    """Spawns an Echo of its own."""
+
+    def __init__(self, handles: bool) -> None:
+        self.handles = handles
+        self.seen: list[str] = []
+        self.procs = this_host().spawn_procs(per_host={"procs": 1}, name="grandchild")
+        self.echo = self.procs.spawn("echo", Echo, "grand")
+
+    def __supervise__(self, failure: MeshFailure) -> bool:
+        self.seen.append(str(failure))
+        return self.handles
+
+    @endpoint
+    async def greet(self, name: str) -> str:
+        return await self.echo.greet.call_one(name)
+
+    @endpoint
+    async def kill_child(self) -> str:
+        try:
+            await self.echo.die.call_one()
+        except MeshFailure as failure:
+            return str(failure)
+        return "alive"
+
+    @endpoint
+    async def failures(self) -> list[str]:
+        return self.seen
+
+    @endpoint
+    async def child_pid(self) -> int:
+        return self.procs.peers[0].pid

@@ -1,0 +1,264 @@
+"""Meshes of actors, and the ways to call them. Made by `ProcMesh.spawn`; travel as references in any message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar, get_args
+
+import msgspec
+
+from vtriune.runtime import context
+from vtriune.runtime.actor import Actor, Endpoint, load_class
+from vtriune.runtime.future import CallFuture, Future, GatherFuture, Stream
+from vtriune.runtime.node import Node, this_node
+from vtriune.runtime.shape import Extent, Shaped, ValueMesh
+from vtriune.transport import codec
+from vtriune.transport.errors import MeshFailure, MessageRefused
+from vtriune.transport.link import Link
+from vtriune.transport.wire import PeerRef
+
+A = TypeVar("A", bound=Actor)
+
+
+class MeshRef(msgspec.Struct, frozen=True, array_like=True):
+    """An actor mesh on the wire: whoever receives it can call it."""
+
+    name: str
+    actor_id: str
+    class_path: str
+    labels: tuple[str, ...]
+    sizes: tuple[int, ...]
+    peers: tuple[PeerRef, ...]
+
+
+class ActorMesh(Shaped[PeerRef], Generic[A]):
+    """Actors of one class on the processes of a mesh. Attribute access gives their endpoints.
+
+    Annotate a parameter with the actor's class (or `ActorMesh[Class]`) and calls through it are typed at both ends. A
+    parameter annotated with bare `ActorMesh` works too, without importing the class: arguments are then checked by the
+    receiver only, and results come as plain msgpack values.
+    """
+
+    def __init__(
+        self,
+        extent: Extent,
+        elements: Sequence[PeerRef],
+        *,
+        name: str,
+        actor_id: str,
+        class_path: str,
+        actor_class: type[Actor] | None,
+        spawned: Sequence[CallFuture[None]] = (),
+        stop: Callable[[str], Future[None]] | None = None,
+    ) -> None:
+        super().__init__(extent, elements)
+        self.name = name
+        self._actor_id = actor_id
+        self._class_path = class_path
+        self._actor_class = actor_class
+        self._spawned = spawned
+        self._stop = stop
+        self._node = this_node()
+        self._next_choice = 0
+
+    def _with_shape(self, extent: Extent, elements: Sequence[PeerRef]) -> ActorMesh[A]:
+        return ActorMesh(
+            extent,
+            elements,
+            name=self.name,
+            actor_id=self._actor_id,
+            class_path=self._class_path,
+            actor_class=self._actor_class,
+            spawned=self._spawned,
+        )
+
+    def __getattr__(self, name: str) -> BoundEndpoint:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        declared: Any = None
+        if self._actor_class is not None:
+            declared = getattr(self._actor_class, name, None)
+            if not isinstance(declared, Endpoint):
+                raise AttributeError(f"{self._class_path} has no endpoint {name!r}")
+        bound = BoundEndpoint(self, name, declared, None if declared is None else declared.deadline_s)
+        self.__dict__[name] = bound
+        return bound
+
+    @property
+    def initialized(self) -> Future[None]:
+        """Done when every rank's constructor has returned; its error is the first constructor's error. At once in a
+        process that only received the mesh: a call there waits for the constructor by itself."""
+        ready: Future[None] = Future(self._node.reactor)
+        if not self._spawned:
+            ready._settle()
+            return ready
+        gathered = GatherFuture(self._node.reactor, Extent(["ranks"], [len(self._spawned)]), self._spawned)
+        gathered.add_done_callback(lambda done: ready._settle(error=done._error))
+        return ready
+
+    def stop(self, reason: str = "") -> Future[None]:
+        """Run every actor's `__cleanup__` and end it; its process lives on. Idempotent. Only the spawner may."""
+        if self._stop is None:
+            raise PermissionError(f"{self.name}: only the process that spawned a mesh may stop it, and only whole")
+        return self._stop(reason)
+
+    def to_ref(self) -> MeshRef:
+        """The reference that travels in messages."""
+        extent = self._extent
+        return MeshRef(self.name, self._actor_id, self._class_path, extent.labels, extent.sizes, self._elements)
+
+    def __repr__(self) -> str:
+        return f"ActorMesh({self.name}: {self._class_path}, {self._extent})"
+
+
+def mesh_from_ref(ref: MeshRef, annotation: Any = None) -> ActorMesh[Any]:
+    """A mesh that can be called, typed by the annotation or by its class where this process has it imported."""
+    declared = next(iter(get_args(annotation)), None)
+    if not (isinstance(declared, type) and issubclass(declared, Actor)):
+        module = ref.class_path.rpartition(":")[0]
+        declared = load_class(ref.class_path) if module in sys.modules and not module.endswith(".py") else None
+    return ActorMesh(
+        Extent(ref.labels, ref.sizes),
+        ref.peers,
+        name=ref.name,
+        actor_id=ref.actor_id,
+        class_path=ref.class_path,
+        actor_class=declared,
+    )
+
+
+codec.register(ActorMesh, codec.WireType(MeshRef, ActorMesh.to_ref, mesh_from_ref))
+
+
+class BoundEndpoint(Endpoint[..., Any]):
+    """An endpoint of a mesh."""
+
+    def __init__(
+        self, mesh: ActorMesh[Any], name: str, declared: Endpoint[..., Any] | None, deadline_s: float | None
+    ) -> None:
+        self._mesh = mesh
+        self.name = name
+        self._declared = declared
+        self.deadline_s = deadline_s
+        self._label = f"{mesh.name}.{name}"
+        self._node: Node = mesh._node
+        self._result = codec.UNTYPED_RESULT if declared is None else declared.signature.result
+
+    def within(self, deadline_s: float) -> BoundEndpoint:
+        return BoundEndpoint(self._mesh, self.name, self._declared, deadline_s)
+
+    def _pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[codec.Payload, tuple[str, ...]]:
+        """Check and encode the arguments.
+
+        Raises:
+            TypeError: they do not fit the endpoint.
+            MessageRefused: they exceed what a message may hold.
+        """
+        names = tuple(kwargs)
+        values = (*args, *kwargs.values()) if kwargs else args
+        try:
+            if self._declared is not None:
+                self._declared.signature.arguments(len(args), names).check(values)
+            payload = codec.pack(values)
+        except TypeError as error:
+            raise TypeError(f"{self._label}: {error}") from None
+        limits = self._node.limits
+        if payload.num_bytes > limits.frame_bytes or len(payload.frames) > limits.frames:
+            self._check_limits(payload)
+        if len(payload.body) > limits.header_bytes - 4096:
+            raise MessageRefused(f"{self._label}: {len(payload.body)} bytes beside arrays exceed {limits.header_bytes}")
+        return payload, names
+
+    def _check_limits(self, payload: codec.Payload) -> None:
+        limits = self._node.limits
+        largest = max((memoryview(frame).nbytes for frame in payload.frames), default=0)
+        if largest > limits.frame_bytes:
+            raise MessageRefused(
+                f"{self._label}: an array of {largest} bytes exceeds the limit of {limits.frame_bytes}"
+            )
+        if len(payload.frames) > limits.frames:
+            raise MessageRefused(
+                f"{self._label}: {len(payload.frames)} large arrays exceed the limit of {limits.frames}"
+            )
+
+    def _deadline(self) -> float | None:
+        """The endpoint's own deadline or what is left of the running call's, whichever is shorter, in seconds."""
+        left_s = context.time_left_s()
+        if left_s is None or (self.deadline_s is not None and self.deadline_s < left_s):
+            return self.deadline_s
+        return max(0.0, left_s)
+
+    def _call(
+        self, peer: PeerRef, link: Link, packed: tuple[codec.Payload, tuple[str, ...]], num_args: int
+    ) -> CallFuture[Any]:
+        payload, names = packed
+        future: CallFuture[Any] = CallFuture(self._node.reactor, self._label, peer, self._result)
+        deadline_s = self._deadline()
+        if not link.has_room(payload.num_bytes):
+            link.wait_for_room(payload.num_bytes, deadline_s)
+        call_id = link.submit(self._mesh._actor_id, self.name, payload, num_args, names, future, False, deadline_s)
+        future.bind(link, call_id)
+        return future
+
+    def call_one(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        elements = self._mesh._elements
+        if len(elements) != 1:
+            raise ValueError(
+                f"{self._label}.call_one needs a mesh of one, this has {self._mesh.extent}: slice it, or use choose"
+            )
+        self._node.reactor.attach_running_loop()
+        return self._call(elements[0], self._node.link(elements[0]), self._pack(args, kwargs), len(args))
+
+    def choose(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        self._node.reactor.attach_running_loop()
+        mesh = self._mesh
+        packed = self._pack(args, kwargs)
+        start = mesh._next_choice
+        mesh._next_choice = (start + 1) % len(mesh._elements)
+        turn = mesh._elements[start:] + mesh._elements[:start]
+        links = [(self._node.link(peer), peer) for peer in turn]
+        alive = [(link, peer) for link, peer in links if link.failure is None] or links
+        link, peer = min(alive, key=lambda pair: pair[0].num_outstanding)
+        return self._call(peer, link, packed, len(args))
+
+    def _call_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[CallFuture[Any]]:
+        self._node.reactor.attach_running_loop()
+        packed = self._pack(args, kwargs)
+        links = [(peer, self._node.link(peer)) for peer in self._mesh._elements]
+        return [self._call(peer, link, packed, len(args)) for peer, link in links]
+
+    def call(self, *args: Any, **kwargs: Any) -> Future[ValueMesh[Any]]:
+        return GatherFuture(self._node.reactor, self._mesh.extent, self._call_all(args, kwargs))
+
+    def stream(self, *args: Any, **kwargs: Any) -> Stream[Any]:
+        return Stream(self._node.reactor, self._mesh.extent, self._call_all(args, kwargs))
+
+    def broadcast(self, *args: Any, **kwargs: Any) -> Future[None]:
+        self._node.reactor.attach_running_loop()
+        payload, names = self._pack(args, kwargs)
+        sent = BroadcastFuture(self._node, len(self._mesh._elements))
+        for peer in self._mesh._elements:
+            link = self._node.link(peer)
+            if not link.has_room(payload.num_bytes):
+                link.wait_for_room(payload.num_bytes)
+            link.submit(self._mesh._actor_id, self.name, payload, len(args), names, sent, True, None)
+        return sent
+
+
+class BroadcastFuture(Future[None]):
+    """Done when every rank's connection has taken the message; fails when a rank is known to be gone."""
+
+    def __init__(self, node: Node, num_ranks: int) -> None:
+        super().__init__(node.reactor)
+        self._num_left = num_ranks
+
+    def resolve(self, value: Any, frames: Sequence[Any], blobs: Sequence[int]) -> None:
+        """Outcome of a link: handed over."""
+        self._num_left -= 1
+        if not self._num_left:
+            self._settle()
+
+    def fail(self, error: Exception | Any) -> None:
+        """Outcome of a link: the peer is gone."""
+        self._settle(error=error if isinstance(error, MeshFailure) else MessageRefused(str(error)))

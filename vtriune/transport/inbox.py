@@ -1,0 +1,255 @@
+"""The receiving half: one bound socket per process that accepts peers and hands their calls on. Used by `vtriune.runtime`.
+
+A connection starts with Hello; before it, and for anything that cannot be read, nothing is executed. A message that
+does not fit is refused by name and the connection lives on. Every accepted call is answered exactly once, which also
+returns its credit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from vtriune.transport import wire
+from vtriune.transport.codec import Payload
+from vtriune.transport.link import HEARTBEAT_S, SILENCE_S
+from vtriune.transport.reactor import Reactor, has_input, receive
+from vtriune.transport.wire import (
+    Call,
+    Cancel,
+    Done,
+    ErrorNote,
+    Fault,
+    Gone,
+    Hello,
+    Limits,
+    PeerRef,
+    Refused,
+    Reply,
+    Welcome,
+)
+
+_BATCH = 256
+_DONE_BATCH = 64
+
+
+class Receiver(Protocol):
+    """What the process does with messages. Called under the reactor's lock: must not block."""
+
+    def on_call(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
+        """Start a call; it ends with one of the session's `reply`, `fault` or `done`."""
+        ...
+
+    def on_cancel(self, session: Session, call_id: int) -> None:
+        """The caller gave up."""
+        ...
+
+    def on_gone(self, gone: Gone) -> None:
+        """A process somewhere has failed."""
+        ...
+
+
+class ServerSecurity(Protocol):
+    """Sets a bound socket's keys and admits known clients."""
+
+    def secure_server(self, socket: Any) -> None:
+        """Apply them before binding."""
+        ...
+
+
+class Session:
+    """One peer's link into this inbox; it outlives a dropped connection."""
+
+    __slots__ = ("_done_ids", "_inbox", "identity", "last_id", "link", "num_unfinished", "peer")
+
+    def __init__(self, inbox: Inbox, identity: bytes, peer: PeerRef, link: int) -> None:
+        self._inbox = inbox
+        self.identity = identity
+        self.peer = peer
+        self.link = link
+        self.last_id = 0
+        self.num_unfinished = 0
+        self._done_ids: list[int] = []
+
+    def reply(self, call_id: int, payload: Payload) -> None:
+        """Answer with a value: a payload of one item."""
+        header = wire.encode(Reply(call_id, msgspec.Raw(payload.body), payload.blobs))
+        self._inbox.send(self, header, payload.frames)
+
+    def fault(self, call_id: int, error: ErrorNote) -> None:
+        """Answer with an exception."""
+        self._inbox.send(self, wire.encode(Fault(call_id, error)), ())
+
+    def done(self, call_id: int) -> None:
+        """A one-way call has finished. Sent in batches."""
+        self._inbox.done_soon(self, call_id)
+
+    def flush_done(self) -> None:
+        """Send the batch."""
+        ids, self._done_ids = self._done_ids, []
+        if ids:
+            self._inbox.send(self, wire.encode(Done(tuple(ids))), (), num_answered=0)
+
+
+class Inbox:
+    """The bound socket, and the sessions of the peers that introduced themselves."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        limits: Limits,
+        node: str,
+        incarnation: int,
+        receiver: Receiver,
+        security: ServerSecurity | None,
+    ) -> None:
+        self._reactor = reactor
+        self._limits = limits
+        self._node = node
+        self._incarnation = incarnation
+        self._receiver = receiver
+        self._by_identity: dict[bytes, Session] = {}
+        self._by_link: dict[tuple[str, int], Session] = {}
+        self._undone: dict[Session, None] = {}
+        self.num_refused = 0
+        socket = reactor.context.socket(zmq.ROUTER)
+        options: tuple[tuple[int, int], ...] = (
+            (zmq.SNDHWM, 0),
+            (zmq.RCVHWM, 2 * limits.credit_messages),
+            (zmq.LINGER, 200),
+            (zmq.ROUTER_MANDATORY, 1),
+            (zmq.MAXMSGSIZE, limits.frame_bytes),
+            (zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000)),
+            (zmq.HEARTBEAT_TIMEOUT, int(SILENCE_S * 1000)),
+            (zmq.BACKLOG, 1024),
+        )
+        for option, value in options:
+            socket.setsockopt(option, value)
+        if security is not None:
+            security.secure_server(socket)
+        self._socket: Any = socket
+        self.fd = int(socket.getsockopt(zmq.FD))
+        self.address = ""
+
+    def bind(self, address: str) -> str:
+        """Listen; returns the address peers connect to (a port of 0 is resolved)."""
+        self._socket.bind(address)
+        self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        self._reactor.register(self)
+        return self.address
+
+    def on_readable(self) -> bool:
+        """Handle a batch of messages."""
+        for _ in range(_BATCH):
+            parts = receive(self._socket, 2, self._limits.frames)
+            if parts is None:
+                self._flush_done()
+                return False
+            self._handle(parts)
+        return True
+
+    def _handle(self, parts: list[Any]) -> None:
+        identity = parts[0]
+        session = self._by_identity.get(identity)
+        try:
+            if len(parts) < 2 or len(parts[1]) > self._limits.header_bytes:
+                raise wire.WireError("no header, or one over the limit")
+            message = wire.decode(parts[1])
+        except wire.WireError as error:
+            self._refuse(identity, session, str(error))
+            return
+        if isinstance(message, Hello):
+            self._greet(identity, message)
+        elif session is None:
+            self._refuse(identity, None, "say Hello first")
+        elif isinstance(message, Call):
+            self._accept(session, message, parts)
+        elif isinstance(message, Cancel):
+            self._receiver.on_cancel(session, message.id)
+        elif isinstance(message, Gone):
+            self._receiver.on_gone(message)
+        else:
+            self._refuse(identity, session, f"{type(message).__name__} is not for an inbox")
+
+    def _accept(self, session: Session, call: Call, parts: list[Any]) -> None:
+        if call.id <= session.last_id:
+            # A broadcast sent again after a dropped connection: it has been executed.
+            return
+        session.last_id = call.id
+        session.num_unfinished += 1
+        if len(parts) - 2 > self._limits.frames:
+            text = f"{call.endpoint}: more than {self._limits.frames} frames"
+            session.fault(call.id, ErrorNote("refused", "vtriune.transport.errors.MessageRefused", text, ""))
+            return
+        self._receiver.on_call(session, call, parts[2:])
+
+    def _greet(self, identity: bytes, hello: Hello) -> None:
+        if hello.protocol != wire.PROTOCOL:
+            self._refuse(
+                identity, None, f"protocol {hello.protocol} is not {wire.PROTOCOL}: use one version of vtriune"
+            )
+            return
+        key = (hello.sender.node, hello.link)
+        session = self._by_link.get(key)
+        if session is None:
+            session = self._by_link[key] = Session(self, identity, hello.sender, hello.link)
+        self._by_identity.pop(session.identity, None)
+        session.identity = identity
+        self._by_identity[identity] = session
+        credit = self._limits.credit_messages, self._limits.credit_bytes
+        welcome = Welcome(wire.PROTOCOL, self._node, self._incarnation, session.last_id, *credit)
+        self.send(session, wire.encode(welcome), (), num_answered=0)
+
+    def _refuse(self, identity: bytes, session: Session | None, reason: str) -> None:
+        """Strangers are counted and told nothing they could use; a known peer keeps its session."""
+        self.num_refused += 1
+        if session is None:
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.send_multipart([identity, wire.encode(Refused(reason))], zmq.NOBLOCK)
+
+    def send(self, session: Session, header: bytes, frames: Sequence[Any], num_answered: int = 1) -> None:
+        """Send to a peer. An answer to a peer that is gone has no reader and is dropped."""
+        with self._reactor.lock:
+            session.num_unfinished -= num_answered
+            if self._socket.closed:
+                return
+            try:
+                self._socket.send_multipart([session.identity, header, *frames], zmq.NOBLOCK, copy=not frames)
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+            if has_input(self._socket):
+                self._reactor.mark_ready(self)
+
+    def done_soon(self, session: Session, call_id: int) -> None:
+        """Tell the peer, with the next batch, that a one-way call has finished."""
+        with self._reactor.lock:
+            session.num_unfinished -= 1
+            session._done_ids.append(call_id)
+            self._undone[session] = None
+            if len(session._done_ids) >= _DONE_BATCH:
+                session.flush_done()
+            else:
+                self._reactor.mark_ready(self)
+
+    def _flush_done(self) -> None:
+        sessions, self._undone = self._undone, {}
+        for session in sessions:
+            session.flush_done()
+
+    def forget(self, node: str) -> None:
+        """Drop the sessions of a process that is gone."""
+        with self._reactor.lock:
+            for key in [key for key in self._by_link if key[0] == node]:
+                session = self._by_link.pop(key)
+                self._by_identity.pop(session.identity, None)
+                self._undone.pop(session, None)
+
+    def close(self) -> None:
+        """Stop listening; answers already given are still delivered."""
+        self._reactor.unregister(self)
+        self._socket.close()

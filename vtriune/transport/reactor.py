@@ -1,0 +1,268 @@
+"""One process's sockets, and who reads them. Used by links and inboxes, and by futures that wait.
+
+Every socket is guarded by `lock`; any thread may send. Reading has no thread of its own, since a hop between threads
+costs as much as a message: whoever waits, reads. That is the asyncio loop once one has called in (it watches one epoll
+descriptor for all sockets), or else the thread blocked in `Future.get`. A slow tick from the process's watcher covers
+the time when neither is there. libzmq's own thread keeps connections and heartbeats alive all the while.
+
+Handlers run under the lock, must not block and run no user code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import zmq
+
+_POLLIN = int(zmq.POLLIN)
+_RECHECK_S = 0.25
+
+
+class Channel(Protocol):
+    """A socket the reactor reads."""
+
+    fd: int
+
+    def on_readable(self) -> bool:
+        """Handle what has arrived; True when it stopped early with more to read."""
+        ...
+
+
+class Timer:
+    """A pending `call_later`; `cancel()` makes it do nothing."""
+
+    __slots__ = ("action",)
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action: Callable[[], None] | None = action
+
+    def cancel(self) -> None:
+        """Forget the action. Harmless when it has run."""
+        self.action = None
+
+
+class Reactor:
+    """Owns the ZeroMQ context and the epoll set of one process."""
+
+    def __init__(self) -> None:
+        self.context = zmq.Context(io_threads=1)
+        self.context.set(zmq.MAX_SOCKETS, 65535)
+        self.lock = threading.RLock()
+        self._changed = threading.Condition(self.lock)
+        self._num_waiting = 0
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._channels: dict[int, Channel] = {}
+        self._ready: dict[Channel, None] = {}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._timer_order = itertools.count()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
+        self._loop_due = False
+        self._leader = 0
+        self.is_closed = False
+
+    def register(self, channel: Channel) -> None:
+        """Start reading a socket."""
+        with self.lock:
+            self._channels[channel.fd] = channel
+            self._epoll.register(channel.fd, select.EPOLLIN)
+            self.mark_ready(channel)
+
+    def unregister(self, channel: Channel) -> None:
+        """Stop reading a socket; call before closing it."""
+        with self.lock:
+            if self._channels.pop(channel.fd, None) is not None:
+                self._epoll.unregister(channel.fd)
+            self._ready.pop(channel, None)
+
+    def mark_ready(self, channel: Channel) -> None:
+        """Note that a socket has input although its descriptor may not say so: libzmq's descriptors are
+        edge-triggered, and a send can consume the edge."""
+        self._ready[channel] = None
+        self.wake()
+
+    def wake(self) -> None:
+        """Have whoever drives the reactor run `drain` soon. Callers hold the lock."""
+        thread = threading.get_ident()
+        if self._loop is not None and self._loop.is_running():
+            if thread != self._loop_thread:
+                os.eventfd_write(self._wake_fd, 1)
+            elif not self._loop_due:
+                self._loop_due = True
+                self._loop.call_soon(self._drain_from_loop)
+        elif self._leader not in (0, thread):
+            os.eventfd_write(self._wake_fd, 1)
+
+    def attach_running_loop(self) -> asyncio.AbstractEventLoop | None:
+        """Let the calling thread's running asyncio loop, if any, read the sockets from now on."""
+        loop = asyncio._get_running_loop()
+        if loop is not None and loop is not self._loop:
+            with self.lock:
+                current = self._loop
+                if current is None or not current.is_running():
+                    if current is not None and not current.is_closed():
+                        current.remove_reader(self._epoll.fileno())
+                    self._loop, self._loop_thread, self._loop_due = loop, threading.get_ident(), False
+                    loop.add_reader(self._epoll.fileno(), self._drain_from_loop)
+                    loop.call_soon(self._drain_from_loop)
+                    self._loop_due = True
+        return loop
+
+    def runs_in_this_thread(self) -> bool:
+        """Whether blocking here would stop the loop that reads the sockets."""
+        return asyncio._get_running_loop() is not None
+
+    def _drain_from_loop(self) -> None:
+        self._loop_due = False
+        self.drain()
+
+    def drain(self, events: list[tuple[int, int]] | None = None) -> None:
+        """Handle all input at hand and due timers, without blocking."""
+        with self.lock:
+            if self.is_closed:
+                return
+            ready, self._ready = self._ready, {}
+            for fd, _ in self._epoll.poll(0) if events is None else events:
+                if fd == self._wake_fd:
+                    self._clear_wake()
+                elif fd in self._channels:
+                    ready[self._channels[fd]] = None
+            for channel in ready:
+                if self._channels.get(channel.fd) is channel and channel.on_readable():
+                    self.mark_ready(channel)
+            if self._timers:
+                self._run_timers()
+
+    def _clear_wake(self) -> None:
+        try:
+            os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            # Another thread cleared it between our poll and this read.
+            return
+
+    def call_later(self, delay_s: float, action: Callable[[], None]) -> Timer:
+        """Run `action` under the lock after `delay_s`, give or take the tick when nobody waits or runs a loop."""
+        timer = Timer(action)
+        with self.lock:
+            due = time.monotonic() + delay_s
+            heapq.heappush(self._timers, (due, next(self._timer_order), timer))
+            if self._timers[0][2] is timer:
+                loop = self._loop
+                if loop is not None and loop.is_running() and threading.get_ident() == self._loop_thread:
+                    loop.call_later(delay_s, self._drain_from_loop)
+                else:
+                    self.wake()
+        return timer
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and (self._timers[0][0] <= now or self._timers[0][2].action is None):
+            action = heapq.heappop(self._timers)[2].action
+            if action is not None:
+                action()
+        loop = self._loop
+        if self._timers and loop is not None and loop.is_running() and threading.get_ident() == self._loop_thread:
+            loop.call_later(self._timers[0][0] - now, self._drain_from_loop)
+
+    def notify(self) -> None:
+        """Something a blocked thread may wait for has changed. Callers hold the lock."""
+        if self._num_waiting:
+            self._changed.notify_all()
+        if self._leader not in (0, threading.get_ident()):
+            os.eventfd_write(self._wake_fd, 1)
+
+    def wait(self, is_done: Callable[[], Any], timeout_s: float | None) -> bool:
+        """Block this thread until `is_done()` or the timeout, reading the sockets where nobody else does.
+
+        Raises:
+            RuntimeError: called on a thread that runs an asyncio loop; blocking would stop the loop.
+        """
+        if self.runs_in_this_thread():
+            raise RuntimeError("blocking here would stop this thread's asyncio loop: use `await` instead")
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        thread = threading.get_ident()
+        while True:
+            with self.lock:
+                if is_done():
+                    return True
+                remaining = None if end is None else end - time.monotonic()
+                if remaining is not None and remaining <= 0:
+                    return False
+                if self._leader or (self._loop is not None and self._loop.is_running()):
+                    self._num_waiting += 1
+                    # A loop may end without telling: look again soon rather than wait for it for ever.
+                    self._changed.wait(_RECHECK_S if remaining is None else min(remaining, _RECHECK_S))
+                    self._num_waiting -= 1
+                    continue
+                self._leader = thread
+                poll_s = 0.0 if self._ready else self._poll_s(remaining)
+            try:
+                self.drain(self._epoll.poll(poll_s))
+            finally:
+                with self.lock:
+                    self._leader = 0
+                    if self._num_waiting:
+                        self._changed.notify_all()
+
+    def _poll_s(self, remaining_s: float | None) -> float:
+        until_timer_s = self._timers[0][0] - time.monotonic() if self._timers else 3600.0
+        return max(0.0, until_timer_s if remaining_s is None else min(remaining_s, until_timer_s))
+
+    def tick(self) -> None:
+        """Called every so often by the process's watcher thread: drains when nobody else reads."""
+        if self._leader or (self._loop is not None and self._loop.is_running()):
+            with self.lock:
+                if self._timers and self._timers[0][0] <= time.monotonic():
+                    os.eventfd_write(self._wake_fd, 1)
+            return
+        self.drain()
+
+    def close(self) -> None:
+        """Release everything. Sockets must have been closed."""
+        with self.lock:
+            if self.is_closed:
+                return
+            self.is_closed = True
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.remove_reader(self._epoll.fileno())
+            self._changed.notify_all()
+        self.context.destroy(linger=0)
+        self._epoll.close()
+        os.close(self._wake_fd)
+
+
+def receive(socket: Any, num_head: int, max_frames: int) -> list[Any] | None:
+    """One whole message without blocking, or None when there is none.
+
+    The first `num_head` parts come as bytes, the rest as zero-copy frames. Parts beyond `max_frames` are read and
+    dropped; the extra one that is kept tells the caller that the limit was passed.
+    """
+    if not socket.getsockopt(zmq.EVENTS) & _POLLIN:
+        return None
+    parts: list[Any] = []
+    while True:
+        if len(parts) < num_head:
+            parts.append(socket.recv(zmq.NOBLOCK))
+            if not socket.getsockopt(zmq.RCVMORE):
+                return parts
+        else:
+            frame = socket.recv(zmq.NOBLOCK, copy=False)
+            if len(parts) <= num_head + max_frames:
+                parts.append(frame)
+            if not frame.more:
+                return parts
+
+
+def has_input(socket: Any) -> bool:
+    """Whether a message waits. Ask after every send: sending may consume the edge that would have said so."""
+    return bool(socket.getsockopt(zmq.EVENTS) & _POLLIN)
