@@ -131,7 +131,7 @@ class Controller:
             },
             "ledger": self.leasing.ledger.counts(),
             "generators": {
-                str(engine.rank): {"health": engine.health.value, "groups": engine.num_leased}
+                str(engine.rank): {"health": engine.health.value, "completions": engine.num_leased}
                 for engine in self._fleet.engines
             },
             "learner": "training" if self.window.is_training else "waiting for groups",

@@ -67,7 +67,7 @@ class Crew:
         self._procs: list[ProcMesh] = []
         generators = config.cluster.generators
         # One group more than the engine can run at once, so that it never waits for the controller's next lease.
-        room = generators.max_sequences // config.policy.group_size + 1
+        room = generators.max_sequences + config.policy.group_size
         self.fleet = Fleet(generators.procs, room, generators.restarts, self._spawn_generator, lambda: self.on_change())
         self._canary = _canary(stores[-1], preprocessor)
         self._failures: asyncio.Queue[MeshFailure] = asyncio.Queue()

@@ -49,7 +49,7 @@ class Evaluation:
         running: list[asyncio.Task[GroupReport]] = []
         try:
             for sample in self._rows:
-                while (engine := self._fleet.pick()) is None:
+                while (engine := self._fleet.pick(1)) is None:
                     await wait_for_room()
                 lease = Lease(next(self._ids), 0, sample, 1, sampling, purpose="evaluate", progress=1.0)
                 running.append(asyncio.create_task(self._fleet.generate(engine, lease)))

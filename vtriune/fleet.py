@@ -42,6 +42,7 @@ class Engine:
         self.health = Health.DEAD
         self.spawned: Spawned | None = None
         self.num_leased = 0
+        """Completions, over all its leases."""
         self.incarnation = 0
 
     @property
@@ -57,7 +58,7 @@ class FleetExhausted(RuntimeError):
 
 
 class Fleet:
-    """`num_engines` generators, `room` groups each at a time."""
+    """`num_engines` generators, `room` completions each at a time."""
 
     def __init__(
         self,
@@ -88,19 +89,21 @@ class Fleet:
         """Spawn every engine; all are STALE afterwards."""
         await asyncio.gather(*(self._start(engine) for engine in self.engines))
 
-    def pick(self) -> Engine | None:
-        """The healthy engine with the most room, or None when all are full."""
+    def pick(self, num_completions: int) -> Engine | None:
+        """The healthy engine with the most room, or None when none has room for `num_completions`."""
         engine = min(self.healthy, key=lambda e: e.num_leased, default=None)
-        return engine if engine is not None and engine.num_leased < self.room else None
+        if engine is None or engine.num_leased + num_completions > self.room:
+            return None
+        return engine
 
     async def generate(self, engine: Engine, lease: Lease) -> GroupReport:
         """Have `engine` generate one group and see it scored and delivered. Raises what the actor raises."""
-        engine.num_leased += 1
+        engine.num_leased += lease.num_completions
         try:
             report: GroupReport = await engine.actor.generate.call_one(lease)
             return report
         finally:
-            engine.num_leased -= 1
+            engine.num_leased -= lease.num_completions
             self._on_change()
 
     def bury(self, engine: Engine, reason: str) -> None:

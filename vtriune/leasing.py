@@ -55,7 +55,7 @@ class Leasing:
         """Waits for a group that may be leased and a generator with room; every ring of the bell makes it look again."""
         async with asyncio.TaskGroup() as following:
             while True:
-                engine = None if self.is_stopped else self._fleet.pick()
+                engine = None if self.is_stopped else self._fleet.pick(self._config.policy.group_size)
                 group = self._next_group() if engine is not None else None
                 if engine is None or group is None:
                     await wait_for_change()

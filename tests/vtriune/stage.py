@@ -183,7 +183,7 @@ class Stage:
     """Everything a controller needs, faked; reads as what happened afterwards."""
 
     def __init__(self, folder: Path, policy: Policy, *, steps: int | None = 6, num_rows: int = 1000, num_generators: int = 2,
-                 room: int = 3, restarts: int = 0, training_s: float = 0.0, seed: int = 0, checkpoint_every: int = 0,
+                 room: int = 6, restarts: int = 0, training_s: float = 0.0, seed: int = 0, checkpoint_every: int = 0,
                  epochs: int | None = None) -> None:  # fmt: skip
         self.config = Config(
             run=Run(steps=steps, epochs=epochs),

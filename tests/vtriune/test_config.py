@@ -26,7 +26,9 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run\.yaml: unknown key policy\.rolout_batch; did you mean policy\.rollout_batch\?"):
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml: unknown key policy\.rolout_batch; did you mean policy\.rollout_batch\?"
+    ):
         load(written(tmp_path, "policy: {rolout_batch: 3}"))
     with pytest.raises(ConfigError, match="unknown key polcy; did you mean policy"):
         load(written(tmp_path, "polcy: {}"))

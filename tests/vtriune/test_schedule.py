@@ -22,7 +22,9 @@ def test_without_a_schedule_off_policy_defaults_to_two_versions() -> None:
 
 
 @given(st.integers(0, 8), st.none() | st.integers(1, 500), st.integers(1, 64))
-def test_limits_keep_within_the_stance_whatever_look_ahead_is_set(bound: int, look_ahead: int | None, batch: int) -> None:
+def test_limits_keep_within_the_stance_whatever_look_ahead_is_set(
+    bound: int, look_ahead: int | None, batch: int
+) -> None:
     limits = Stance("off_policy", bound).limits(Policy(look_ahead=look_ahead, rollout_batch=batch))
     assert limits.target_staleness + -(-(limits.look_ahead - 1) // batch) <= bound
 
