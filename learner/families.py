@@ -1,0 +1,80 @@
+"""The table of model families: where each one keeps ViT, connector and language model. Adding a family is adding a row."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+from torch import nn
+
+MODULES = ("vit", "connector", "llm")
+
+
+class UnknownModel(ValueError):
+    """A model type outside the table, or a module name that is none of `MODULES`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Attribute paths inside the `*ForConditionalGeneration` or `*ForCausalLM` module."""
+
+    language_model: str
+    """The decoder without its output layer; its `layers` are the sharded blocks."""
+    visual: str | None
+    """The vision tower; its `blocks` are sharded. None: text only."""
+    connector: tuple[str, ...]
+    """Parameter-name prefixes below `visual` that belong to the connector."""
+    num_position_axes: int
+    """3: M-RoPE (temporal, height, width). 1: plain rotary positions."""
+    has_deepstack: bool = False
+    """The tower also yields features that are added to the first decoder layers' outputs at image tokens."""
+
+    def module_of(self, name: str) -> str:
+        """`vit`, `connector` or `llm` for a parameter name of the model."""
+        if self.visual is None or not name.startswith(self.visual + "."):
+            return "llm"
+        rest = name[len(self.visual) + 1 :]
+        return "connector" if rest.startswith(self.connector) else "vit"
+
+    def layer_of(self, name: str) -> int | None:
+        """Index of the decoder layer that a parameter belongs to, if any."""
+        prefix = self.language_model + ".layers."
+        return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        module: nn.Module = attrgetter(self.language_model)(model)
+        return module
+
+    def tower(self, model: nn.Module) -> nn.Module | None:
+        return None if self.visual is None else attrgetter(self.visual)(model)
+
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The modules that are sharded one by one: decoder layers and vision blocks, in the order they run."""
+        tower = self.tower(model)
+        if tower is not None:
+            yield from tower.blocks  # type: ignore[misc]
+        yield from self.decoder(model).layers  # type: ignore[misc]
+
+
+_VISION_LANGUAGE = "model.language_model"
+_TABLE = {
+    "qwen2_5_vl": Family(_VISION_LANGUAGE, "model.visual", ("merger.",), 3),
+    "qwen3_vl": Family(_VISION_LANGUAGE, "model.visual", ("merger.", "deepstack_merger_list."), 3, has_deepstack=True),
+    "qwen3": Family("model", None, (), 1),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The row of `model_type` (`config.json`); raises UnknownModel."""
+    try:
+        return _TABLE[model_type]
+    except KeyError:
+        raise UnknownModel(
+            f"model type {model_type!r} is not supported; supported: {', '.join(_TABLE)}. A family is one row of learner/families.py"
+        ) from None
+
+
+def check_modules(names: Sequence[str]) -> None:
+    """Raise UnknownModel for a name that is no module."""
+    for name in names:
+        if name not in MODULES:
+            raise UnknownModel(f"unknown module {name!r}; modules are {', '.join(MODULES)}")

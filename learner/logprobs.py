@@ -1,0 +1,132 @@
+"""Log-probability and entropy of response tokens, in chunks: the full logits of a batch never exist. Called by `learner.policy`.
+
+With logits l = (h·Wᵀ)/τ and the blocked ids at −∞ (the sampler's processed distribution):
+    log π(y) = l_y − lse(l)                      ∂/∂l_j = 1[j = y] − p_j
+    H        = lse(l) − Σ_j p_j·l_j              ∂/∂l_j = −p_j·(l_j − lse(l) + H)
+The backward pass recomputes a chunk's logits, so the peak is two chunks, whatever the number of tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 64 << 20
+"""Size of one float32 chunk of logits."""
+
+# Finite, because 0·(−∞) is not a number; e^(−1e30 − lse) is exactly 0 in every float type used here.
+_BLOCKED = -1e30
+
+
+class TokenScores(NamedTuple):
+    """Per response token."""
+
+    logprobs: Tensor
+    """float32 (R,)"""
+    entropy: Tensor
+    """float32 (R,), nats, of the distribution sampled from"""
+
+
+def score_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    blocked_ids: Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> TokenScores:
+    """Scores of `target_ids` int64 (R,) under `hidden` (R, D) and the output embedding `weight` (V, D), differentiable in both.
+
+    `blocked_ids` int64 (B,) have probability 0; a blocked target's log-prob is meaningless and must not occur.
+    """
+    return TokenScores(*_Scores.apply(hidden, weight, target_ids, temperature, blocked_ids, chunk_bytes))
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        blocked: Tensor | None,
+        chunk_bytes: int,
+    ) -> tuple[Tensor, Tensor]:
+        rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        entropy = torch.empty_like(logprobs)
+        kept: list[Tensor] = []
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = _logits(hidden[part], weight, temperature, blocked)
+            lse = torch.logsumexp(logits, -1, keepdim=True)
+            logits -= lse
+            chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
+            probabilities = torch.exp(logits)
+            entropy[part] = -torch.linalg.vecdot(probabilities, logits)
+            logprobs[part] = chosen
+            if len(hidden) <= rows:
+                # All tokens fit one chunk: keeping it costs no more than the peak, and saves the recomputation.
+                kept = [logits]
+        ctx.save_for_backward(hidden, weight, targets, blocked, entropy, *kept)
+        ctx.temperature, ctx.rows = temperature, rows
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, blocked, entropy, *kept = ctx.saved_tensors
+        grad_logprobs, grad_entropy = grads
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            logs = (
+                kept[0].clone()
+                if kept
+                else torch.log_softmax(_logits(hidden[part], weight, ctx.temperature, blocked), -1)
+            )
+            delta = _logit_gradient(logs, targets[part], entropy[part], grad_logprobs, grad_entropy, part)
+            delta = delta.div_(ctx.temperature).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(delta, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += delta.T @ hidden[part]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float, blocked: Tensor | None) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    if temperature != 1.0:
+        logits /= temperature
+    if blocked is not None and len(blocked):
+        logits.index_fill_(-1, blocked, _BLOCKED)
+    return logits
+
+
+def _logit_gradient(
+    logs: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    part: slice,
+) -> Tensor:
+    """∂loss/∂l of one chunk from its log-probabilities (rows, V), which are overwritten."""
+    if grad_entropy is None:
+        delta = logs.exp_()
+        if grad_logprobs is None:
+            return delta.zero_()
+        return _toward_targets(delta.mul_(-grad_logprobs[part, None]), targets, grad_logprobs[part])
+    probabilities = torch.exp(logs)
+    slope = logs.add_(entropy[:, None]).mul_(grad_entropy[part, None])
+    if grad_logprobs is not None:
+        slope.add_(grad_logprobs[part, None])
+    delta = probabilities.mul_(slope).neg_()
+    return delta if grad_logprobs is None else _toward_targets(delta, targets, grad_logprobs[part])
+
+
+def _toward_targets(delta: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
+    return delta.scatter_add_(-1, targets[:, None], grad[:, None])
