@@ -257,7 +257,7 @@ def _read(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """(first row, rows as Python objects), a batch at a time."""
     first_row = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=_READ_ROWS, columns=_COLUMNS):
                 yield first_row, batch.to_pylist()
                 first_row += batch.num_rows

@@ -6,6 +6,7 @@ The file outlives a kill: what was appended is found again by `recover`, up to a
 
 import os
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,13 +16,18 @@ import numpy as np
 
 from vtriune.messages import ScoredGroup
 
-_LENGTH = struct.Struct("<Q")
+_HEAD = struct.Struct("<cQ")
+_GROUP, _FORGOTTEN = b"G", b"F"
 _COMPACT_BYTES = 64 * 2**20
 """Dead bytes from which, when they outweigh the living, the file is written anew."""
 
 
 class Journal:
-    """Groups by id, in one append-only file at `path`. Starts empty: whatever is at `path` must have been recovered before."""
+    """Groups by id, in one append-only file at `path`. Starts empty: whatever is at `path` must have been recovered before.
+
+    A record is a kind, a length and msgpack: a group, or the ids of groups that are forgotten. Methods may be called from
+    several threads.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +35,7 @@ class Journal:
         self._file: BinaryIO = path.open("w+b")
         self._places: dict[int, tuple[int, int]] = {}
         self._num_dead_bytes = 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -36,69 +43,81 @@ class Journal:
     def __contains__(self, group_id: int) -> bool:
         return group_id in self._places
 
-    def ids(self) -> list[int]:
-        """Group ids, oldest arrival first."""
-        return list(self._places)
-
     def append(self, group: ScoredGroup) -> None:
         """Add `group` under its id, which must be new. Handed to the kernel when this returns: it survives this process."""
         group_id = group.group.lease.group_id
         if group_id in self._places:
             raise ValueError(f"group {group_id} is in the journal already")
         data = _encode(group)
-        start = self._file.seek(0, os.SEEK_END)
-        self._file.write(_LENGTH.pack(len(data)) + data)
-        self._file.flush()
-        self._places[group_id] = (start + _LENGTH.size, len(data))
+        with self._lock:
+            self._places[group_id] = (self._write(_GROUP, data), len(data))
 
     def read(self, group_ids: Iterable[int]) -> Iterator[ScoredGroup]:
         """The groups of those ids, in that order; KeyError for an unknown one."""
         for group_id in group_ids:
-            start, length = self._places[group_id]
-            yield _decode(os.pread(self._file.fileno(), length, start))
+            with self._lock:
+                start, length = self._places[group_id]
+                data = os.pread(self._file.fileno(), length, start)
+            yield _decode(data)
 
     def forget(self, group_ids: Iterable[int]) -> None:
         """Drop groups; their bytes are reclaimed when the journal runs empty, or by rewriting when the dead outweigh the living."""
-        for group_id in group_ids:
-            self._num_dead_bytes += self._places.pop(group_id)[1]
-        if not self._places:
-            self._file.truncate(0)
-            self._num_dead_bytes = 0
-        elif self._num_dead_bytes > max(_COMPACT_BYTES, sum(length for _, length in self._places.values())):
-            self._compact()
+        ids = list(group_ids)
+        with self._lock:
+            for group_id in ids:
+                self._num_dead_bytes += self._places.pop(group_id)[1]
+            if not self._places:
+                self._file.truncate(0)
+                self._num_dead_bytes = 0
+            elif self._num_dead_bytes > max(_COMPACT_BYTES, sum(length for _, length in self._places.values())):
+                self._compact()
+            else:
+                self._write(_FORGOTTEN, msgspec.msgpack.encode(ids))
 
     def close(self) -> None:
         """Close and remove the file; what is in it must have been read. Idempotent."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        with self._lock:
+            self._file.close()
+            self.path.unlink(missing_ok=True)
+
+    def _write(self, kind: bytes, data: bytes) -> int:
+        """Append a record; returns where its data start."""
+        start = self._file.seek(0, os.SEEK_END)
+        self._file.write(_HEAD.pack(kind, len(data)) + data)
+        self._file.flush()
+        return start + _HEAD.size
 
     def _compact(self) -> None:
-        kept, places = self._file, self._places
+        old, places = self._file, self._places
         temporary = self.path.with_name(f".{self.path.name}.partial")
         self._file, self._places, self._num_dead_bytes = temporary.open("w+b"), {}, 0
         for group_id, (start, length) in places.items():
-            new_start = self._file.tell() + _LENGTH.size
-            self._file.write(_LENGTH.pack(length) + os.pread(kept.fileno(), length, start))
-            self._places[group_id] = (new_start, length)
-        self._file.flush()
+            self._places[group_id] = (self._write(_GROUP, os.pread(old.fileno(), length, start)), length)
         temporary.replace(self.path)
-        kept.close()
+        old.close()
 
 
-def recover(path: Path) -> Iterator[ScoredGroup]:
-    """Every whole group in a journal that a killed process left, in order of arrival; nothing when there is no file.
+def recover(path: Path) -> list[ScoredGroup]:
+    """Every whole group in a journal that a killed process left and had not forgotten, in order of arrival.
 
-    Forgotten groups whose bytes were not reclaimed are among them.
+    Empty when there is no file. Memory: all of them, once, at the start of a resumed run.
     """
+    groups: dict[int, ScoredGroup] = {}
     if not path.is_file():
-        return
+        return []
     with path.open("rb") as file:
-        while len(head := file.read(_LENGTH.size)) == _LENGTH.size:
-            (length,) = _LENGTH.unpack(head)
+        while len(head := file.read(_HEAD.size)) == _HEAD.size:
+            kind, length = _HEAD.unpack(head)
             data = file.read(length)
             if len(data) < length:
-                return
-            yield _decode(data)
+                break
+            if kind == _GROUP:
+                group = _decode(data)
+                groups[group.group.lease.group_id] = group
+            else:
+                for group_id in msgspec.msgpack.decode(data, type=list[int]):
+                    groups.pop(group_id, None)
+    return list(groups.values())
 
 
 def _encode(group: ScoredGroup) -> bytes:

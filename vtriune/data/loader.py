@@ -27,11 +27,12 @@ class Cursor:
 
         self._store = store
         self._seed = seed
+        self._num_rows_total = None if epochs is None else epochs * len(store)
         # A generator of its own: without one, each iteration would advance torch's global generator.
         loader: Any = StatefulDataLoader(
             range(len(store)),
             batch_size=None,
-            sampler=ShuffledRows(len(store), seed, epochs),
+            sampler=ShuffledRows(len(store), seed),
             generator=torch.Generator().manual_seed(seed),
         )
         self._loader = loader
@@ -52,6 +53,8 @@ class Cursor:
         return self
 
     def __next__(self) -> SampleRef:
+        if self._num_drawn == self._num_rows_total:
+            raise StopIteration
         row = int(next(self._rows))
         self._num_drawn += 1
         return self._store.ref(row)
@@ -79,12 +82,14 @@ class Cursor:
 
 
 class ShuffledRows:
-    """torchdata sampler: every row once per epoch, epoch after epoch."""
+    """torchdata sampler: every row once per epoch, epoch after epoch, without end.
 
-    def __init__(self, num_rows: int, seed: int, epochs: int | None) -> None:
+    The end is the cursor's: a loader that loads the state of a finished iteration begins another one.
+    """
+
+    def __init__(self, num_rows: int, seed: int) -> None:
         self.num_rows = num_rows
         self.seed = seed
-        self.epochs = epochs
 
     def __iter__(self) -> "_ShuffledRowsIterator":
         return _ShuffledRowsIterator(self)
@@ -111,8 +116,6 @@ class _ShuffledRowsIterator:
 
     def __next__(self) -> int:
         epoch, place = divmod(self._num_drawn, self._rows.num_rows)
-        if epoch == self._rows.epochs:
-            raise StopIteration
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, self._rows.order(epoch))
         self._num_drawn += 1
