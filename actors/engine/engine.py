@@ -1,0 +1,209 @@
+"""What a generator has of its engine: groups of completions, new weights, the canary, figures.
+
+generate   prepare and render (preparation thread) ─▶ loop ─▶ trajectories with their version spans
+receive    meet, agree (publish thread, the loop goes on) ─▶ hold ─▶ transfer, load, reset ─▶ release
+"""
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+
+from actors.engine import environment
+from actors.engine.completions import Completion
+from actors.engine.loop import EngineBroken, EngineError, StepLoop
+from vtriune.config.tree import Config
+from vtriune.data.processing import Preprocessor
+from vtriune.data.schema import Sample
+from vtriune.messages import Canary, Group, Lease, PublishOrder, PublishReport, SampleRef, Sampling, Trajectory
+from vtriune.weight_group import Deadline, Meeting, Proposal
+
+P = ParamSpec("P")
+T = TypeVar("T")
+InFlight = Literal["continue", "recompute", "drain"]
+
+
+class Samples(Protocol):
+    """Where samples are read from: a store or a set of them."""
+
+    def get(self, ref: SampleRef) -> Sample:
+        """The sample that `ref` names."""
+
+
+class Engine:
+    """vLLM with our model, from construction (which takes seconds to minutes) to `close`. Methods are called from one
+    asyncio loop; several may be awaited at once."""
+
+    def __init__(self, config: Config, preprocessor: Preprocessor, samples: Samples, rank: int = 0) -> None:
+        self._config = config
+        self._preprocessor = preprocessor
+        self._samples = samples
+        self._rank = rank
+        self.in_flight: InFlight = config.policy.in_flight
+        self._core = _core(config, preprocessor, rank)
+        self._expectation = self._core.expectation(config.model.path)
+        self._group = ""
+        self._num_publishes = 0
+        # One thread each: vLLM's rendering is not safe for two, and publishes come one after another.
+        self._preparing = ThreadPoolExecutor(1, "prepare")
+        self._publishing = ThreadPoolExecutor(1, "publish")
+        self._loop = StepLoop(self._core)
+        self._loop.start()
+
+    @property
+    def version(self) -> int:
+        """The version sampled from."""
+        return self._loop.version
+
+    async def generate(self, lease: Lease) -> Group:
+        """Sample the lease's completions. Raises DataError for a sample that cannot be prepared, EngineError when the engine
+        refuses it or has stopped. Cancelling it frees the engine."""
+        start = time.monotonic()
+        prompt_ids, template = await self._in(self._preparing, self._prepare, lease)
+        ticket = self._loop.submit(template, lease.num_completions)
+        try:
+            completions = await asyncio.wrap_future(ticket.done)
+        except asyncio.CancelledError:
+            self._loop.cancel(ticket)
+            raise
+        trajectories = [self._trajectory(completion, lease) for completion in completions]
+        return Group(lease, prompt_ids, trajectories, self._rank, time.monotonic() - start)
+
+    async def receive(self, order: PublishOrder) -> PublishReport:
+        """Take part in a publish and sample from its version afterwards.
+
+        Raises PublishFailure when it fails: PeerFailure when the cause is elsewhere. The engine goes on with the weights it had,
+        unless loading itself broke, which ends the engine.
+        """
+        return await self._in(self._publishing, self._receive, order)
+
+    async def score(self, canary: Canary) -> list[float]:
+        """Log-prob of each token of the canary's response, by the sampling path: temperature, pads and all."""
+        sampling = Sampling(temperature=self._config.sampling.temperature or 1.0, max_tokens=1)
+        templates = await self._in(self._preparing, self._scored, canary, sampling)
+        tickets = [self._loop.submit(template, 1) for template in templates]
+        done = await asyncio.gather(*(asyncio.wrap_future(ticket.done) for ticket in tickets))
+        return [completions[0].logprobs[0] for completions in done]
+
+    def stats(self) -> dict[str, float]:
+        """Shares of the time and rates since the last call, and what is in flight now."""
+        return {
+            **self._loop.pace.read(),
+            "running": float(self._loop.num_running),
+            "waiting": float(self._loop.num_waiting),
+            "version": float(self._loop.version),
+            "publishes": float(self._num_publishes),
+        }
+
+    async def close(self) -> None:
+        """End the threads and vLLM; groups in flight fail. Idempotent."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._loop.close()
+        self._preparing.shutdown(cancel_futures=True)
+        self._publishing.shutdown(cancel_futures=True)
+        self._core.close()
+
+    async def _in(self, executor: Executor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(executor, functools.partial(function, *args, **kwargs))
+
+    def _prepare(self, lease: Lease) -> tuple[np.ndarray, Any]:
+        prompt = self._preprocessor.prepare(self._samples.get(lease.sample), lease.prompt_seed)
+        ids = self._preprocessor.prompt_ids_for_engine(prompt)
+        template = self._render(prompt.where, ids, prompt.images, lease.sampling, lease.sampling.max_tokens)
+        return self._preprocessor.check_expansion(prompt, template.prompt_token_ids), template
+
+    def _scored(self, canary: Canary, sampling: Sampling) -> list[Any]:
+        prompt = self._preprocessor.prepare(self._samples.get(canary.sample))
+        ids = self._preprocessor.prompt_ids_for_engine(prompt)
+        template = self._render(prompt.where, ids, prompt.images, sampling, len(canary.response_ids))
+        self._preprocessor.check_expansion(prompt, template.prompt_token_ids)
+        templates: list[Any] = self._core.scored(template, canary.response_ids.tolist())
+        return templates
+
+    def _render(self, where: str, ids: list[int], images: list[Any], sampling: Sampling, num_tokens: int) -> Any:
+        """A template with room for `num_tokens` after the prompt."""
+        try:
+            template = self._core.render(ids, images, sampling)
+        except ValueError as error:
+            raise EngineError(f"{where}: the engine refused the prompt: {error}") from error
+        needed = len(template.prompt_token_ids) + num_tokens
+        if needed > self._core.max_model_len:
+            raise EngineError(
+                f"{where}: prompt and response may take {needed} tokens, cluster.generators.max_model_len is "
+                f"{self._core.max_model_len}; raise it, or lower sampling.max_tokens or data.max_pixels"
+            )
+        return template
+
+    def _trajectory(self, completion: Completion, lease: Lease) -> Trajectory:
+        logprobs = np.asarray(completion.logprobs, np.float32)
+        if not np.isfinite(logprobs).all():
+            raise EngineError(
+                f"group {lease.group_id}, completion {completion.index}: sampled a token of log-prob "
+                f"{logprobs[~np.isfinite(logprobs)][0]} at version {self.version}; the weights are not finite"
+            )
+        assert completion.finish is not None
+        return Trajectory(
+            np.asarray(completion.token_ids, np.int32),
+            logprobs,
+            completion.version_spans(),
+            completion.finish,
+            self._preprocessor.decode(completion.token_ids),
+        )
+
+    def _receive(self, order: PublishOrder) -> PublishReport:
+        start = time.monotonic()
+        meeting = Meeting(order.rendezvous, order.member, Deadline(order.deadline_s))
+        is_drained = self.in_flight == "drain"
+        # Draining takes as long as the longest completion: begun before the others are there.
+        held = self._loop.hold(drain=True) if is_drained else None
+        try:
+            proposal = meeting.arrive(self._group)
+            with meeting.phase("agree"):
+                self._expectation.match(proposal.manifest.entries, full=order.full)
+            meeting.consent()
+            with meeting.phase("transfer"):
+                (held or self._loop.hold(drain=False)).result(timeout=meeting.deadline.left_s)
+                receipt, num_bytes = self._loop.call(lambda: self._load(meeting, proposal)).result()
+        except BaseException:
+            self._group = ""
+            self._loop.call(self._core.leave_group)
+            raise
+        finally:
+            pause = self._loop.release()
+        meeting.deliver_receipt(receipt)
+        self._num_publishes += 1
+        elapsed = time.monotonic() - start
+        return PublishReport(order.version, receipt.num_tensors, num_bytes, receipt.checksum, elapsed, pause.result())
+
+    def _load(self, meeting: Meeting, proposal: Proposal) -> tuple[Any, int]:
+        """In the loop's thread, nothing running or all of it standing still."""
+        receipt, num_bytes = self._core.load(meeting, proposal.group, proposal.manifest)
+        self._group = proposal.group
+        version = proposal.manifest.version
+        try:
+            self._core.begin_version(version, recompute=self.in_flight == "recompute")
+        except Exception as error:
+            # New weights with caches of the old ones: nothing sampled from here on could be trusted.
+            raise EngineBroken(f"the caches could not be reset after loading version {version}: {error}") from error
+        self._loop.version = version
+        return receipt, num_bytes
+
+
+def _core(config: Config, preprocessor: Preprocessor, rank: int) -> Any:
+    """vLLM is imported here, after its environment is set."""
+    environment.settle(config.cluster.generators)
+    from actors.engine.core import VllmCore
+
+    return VllmCore(
+        config,
+        pad_token_ids=preprocessor.pad_token_ids,
+        end_token_ids=preprocessor.end_token_ids,
+        mm_processor_kwargs=preprocessor.mm_processor_kwargs(),
+        seed=config.run.seed * 1009 + rank,
+    )
