@@ -14,6 +14,8 @@ import msgspec
 
 from verifiers.tags import tagged_text
 
+# Squares of coordinates up to here are exact enough for areas and distances.
+MAX_COORDINATE = 1e9
 _BOXED = re.compile(r"\\boxed\s*\{(.*)\}", re.DOTALL)
 # Digits are ASCII: look-alikes of other scripts are not numbers here.
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])", re.ASCII)
@@ -106,11 +108,11 @@ def json_value(text: str) -> Any:
 
 
 def point_list(value: Any) -> list[tuple[float, float]]:
-    """[[x, y], …] as finite pairs; AnswerError for anything else."""
+    """[[x, y], …] as pairs within MAX_COORDINATE; AnswerError for anything else."""
     try:
         points = msgspec.convert(value, list[tuple[float, float]])
     except (msgspec.ValidationError, RecursionError) as error:
         raise AnswerError("the answer is no list of points [x, y]") from error
-    if not all(math.isfinite(x) and math.isfinite(y) for x, y in points):
-        raise AnswerError("a coordinate is not finite")
+    if not all(abs(x) <= MAX_COORDINATE and abs(y) <= MAX_COORDINATE for x, y in points):
+        raise AnswerError("a coordinate is not finite, or far outside any image")
     return points

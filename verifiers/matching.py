@@ -1,7 +1,8 @@
 """Which prediction stands for which gold box: label-first, IoU-first and optimal, at many thresholds in one call.
 
 Every kernel takes IoU [N, G] and `agrees` [N, G] (same label), and writes per threshold t the total IoU and the number M of
-matches. IoU-first pairs boxes whatever their labels: a pair of different labels is a match that earns no IoU.
+matches. IoU-first pairs boxes whatever their labels; a pair of different labels takes both boxes and gets no credit: neither
+IoU nor a match. Were it a match, right boxes with wrong labels would earn the whole completeness.
 """
 
 from __future__ import annotations
@@ -78,10 +79,11 @@ def match_iou_first(overlap: Matrix, agrees: Mask, thresholds: Matrix, total: Ma
             return
         used[best_p] = True
         covered[best_g] = True
-        for t in range(thresholds.shape[0]):
-            if best >= thresholds[t]:
-                total[t] += best if best_agrees else 0.0
-                matches[t] += 1.0
+        if best_agrees:
+            for t in range(thresholds.shape[0]):
+                if best >= thresholds[t]:
+                    total[t] += best
+                    matches[t] += 1.0
 
 
 @compiled("int64[::1](float64[:, ::1])")
@@ -157,6 +159,6 @@ def match_optimal(
         matches[t] = 0.0
         for i in range(num_rows):
             p, g = (i, column_of[i]) if wide else (column_of[i], i)
-            if overlap[p, g] >= thresholds[t] and (agrees[p, g] or not same_label_only):
-                total[t] += overlap[p, g] if agrees[p, g] else 0.0
+            if agrees[p, g] and overlap[p, g] >= thresholds[t]:
+                total[t] += overlap[p, g]
                 matches[t] += 1.0

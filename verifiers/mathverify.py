@@ -12,6 +12,7 @@ interrupt.
 from __future__ import annotations
 
 import logging
+import re
 from functools import cache, lru_cache
 from typing import Any
 
@@ -23,6 +24,9 @@ from verifiers.registry import Context, GoldError, Outcome, Task, verifier
 
 NOTHING_FOUND = "no LaTeX answer found"
 MAX_CACHED_CHARS = 1_024
+# No answer nests as deeply; math-verify's expressions take minutes, in C, on thousands of brackets.
+MAX_NESTING = 64
+_BRACKETS = re.compile(r"[()\[\]{}]")
 WRONG = "differs from the gold answer"
 
 
@@ -83,6 +87,15 @@ def is_close(gold: Any, prediction: Any, tolerance: float) -> bool:
     return abs(expected - found) <= tolerance * abs(expected)
 
 
+def nesting_depth(text: str) -> int:
+    """The greatest number of brackets of any kind open at once."""
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(text):
+        depth = depth + 1 if bracket in "([{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def _folded(task: Task) -> tuple[str, str]:
     params: MathParams = task.params
     fold = task.context.options.fold_case if params.fold_case is None else params.fold_case
@@ -103,6 +116,8 @@ class MathVerify:
         known = self.score_at_once(task)
         if known is not None:
             return known
+        if nesting_depth(response) > MAX_NESTING:
+            return Outcome(0.0, status="bad_answer", reason=f"brackets nested more than {MAX_NESTING} deep")
         gold, text, tolerance = self.cache_key(task)
         limit_s = context.options.deadline_s
         try:

@@ -1,8 +1,9 @@
 """Score archived responses anew: `python -m verifiers.rescore rollouts.parquet [-o scored.parquet] [--workers 2]`.
 
-Reads a Parquet file with a column of responses and a column of reward specs (a struct like a data row's `reward_model`, or its JSON), and
-writes it back with the verdicts beside: `verdict_status`, `verdict_reward`, `verdict_accuracy`, `verdict_format`, `verdict_reason`,
-`verdict_components` (JSON). A fault has null scores. Works in batches: memory does not grow with the file.
+Reads a Parquet file with a column of responses and a column of reward specs (a struct like a data row's `reward_model`, or
+its JSON), and writes it back with the verdicts beside: `verdict_status`, `verdict_reward`, `verdict_accuracy`,
+`verdict_format`, `verdict_reason`, `verdict_components` (JSON). A fault has null scores. Works in batches: memory does not grow
+with the file.
 """
 
 from __future__ import annotations

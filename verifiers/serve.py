@@ -5,8 +5,8 @@
     GET  /metrics flat figures                              GET /health
 
 Errors have one form, {"error": {"type", "message"}}: 400 for a request that cannot be read, 401 without the token, 413 over the size
-limit, 422 `bad_row` for a row or gold answer that cannot be used, 503 `fault` where a verifier could not judge. A fault inside /score is
-a verdict with status `fault` and null scores. Loopback only, unless a token is given.
+limit, 422 `bad_row` for a row or gold answer that cannot be used, 503 `fault` where a verifier could not judge. A fault inside
+/score is a verdict with status `fault` and null scores. Loopback only, unless a token is given.
 """
 
 from __future__ import annotations

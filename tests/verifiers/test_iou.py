@@ -1,0 +1,52 @@
+"""Overlap of boxes, against pycocotools and torch-free arithmetic of the papers."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pycocotools import mask
+from shapely.geometry import box as rectangle
+
+from verifiers.iou import pairwise_giou, pairwise_iou
+
+corner = st.floats(-1e4, 1e4, width=32)
+boxes = st.lists(
+    st.tuples(corner, corner, st.floats(0, 1e3, width=32), st.floats(0, 1e3, width=32)), min_size=1, max_size=6
+)
+
+
+def xyxy(boxes_xywh: list[tuple[float, ...]]) -> np.ndarray:
+    array = np.array(boxes_xywh)
+    return np.concatenate([array[:, :2], array[:, :2] + array[:, 2:]], axis=1)
+
+
+@given(boxes, boxes)
+def test_iou_equals_pycocotools(a_xywh, b_xywh) -> None:
+    expected = mask.iou(np.array(a_xywh), np.array(b_xywh), [0] * len(b_xywh))
+    assert pairwise_iou(xyxy(a_xywh), xyxy(b_xywh)) == pytest.approx(expected, abs=1e-6)
+
+
+@given(boxes, boxes)
+def test_giou_is_iou_less_the_empty_share_of_the_hull(a_xywh, b_xywh) -> None:
+    a, b = xyxy(a_xywh), xyxy(b_xywh)
+    overlap, giou = pairwise_iou(a, b), pairwise_giou(a, b)
+    for i in range(len(a)):
+        for j in range(len(b)):
+            hull = rectangle(*np.minimum(a[i, :2], b[j, :2]), *np.maximum(a[i, 2:], b[j, 2:])).area
+            if hull > 1e-3:
+                union = rectangle(*a[i]).union(rectangle(*b[j])).area
+                assert giou[i, j] == pytest.approx(overlap[i, j] - (hull - union) / hull, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "hostile", [[0, 0, np.nan, 1], [0, 0, np.inf, np.inf], [-1e308, -1e308, 1e308, 1e308], [5, 5, 5, 5], [9, 9, 1, 1]]
+)
+def test_a_hostile_box_overlaps_nothing(hostile: list[float]) -> None:
+    assert pairwise_iou([hostile], [[0, 0, 10, 10]]).tolist() == [[0.0]]
+    assert pairwise_iou([hostile], [hostile]).tolist() == [[0.0]]
+
+
+def test_anything_but_four_columns_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[N, 4\]"):
+        pairwise_iou([[1, 2, 3]], [[0, 0, 1, 1]])
+    assert pairwise_iou([], [[0, 0, 1, 1]]).shape == (0, 1)
