@@ -1,0 +1,225 @@
+"""Preprocessing against transformers' own processor: same text, same ids, same patches, for engine and learner."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.data.rows import MODEL, encoded
+from verifiers import RewardSpec
+from vtriune.data.processing import Preprocessor
+from vtriune.data.schema import DataError, Sample, Turn
+
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 168 * 168
+SIZES = st.tuples(st.integers(20, 400), st.integers(20, 400))
+
+
+@pytest.fixture(scope="module")
+def ours() -> Preprocessor:
+    return Preprocessor(MODEL, MIN_PIXELS, MAX_PIXELS, 512)
+
+
+@pytest.fixture(scope="module")
+def theirs(ours: Preprocessor) -> Any:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(MODEL)
+
+
+def sample(*sizes: tuple[int, int], text: str | None = None, verifier: str = "mathverify", kind: str = "PNG") -> Sample:
+    images = [encoded(*size, seed, kind) for seed, size in enumerate(sizes)]
+    turns = [
+        Turn("user", "".join(f"image {i}: <image> " for i in range(len(sizes))) + "Count." if text is None else text)
+    ]
+    return Sample(7, "digits", turns, images, RewardSpec(ground_truth="1", verifier=verifier), "math", "id-7")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(SIZES, max_size=3), st.none() | st.integers(0, 2**31))
+def test_features_are_those_of_transformers_processor(
+    ours: Preprocessor, theirs: Any, sizes: list[tuple[int, int]], seed: int | None
+) -> None:
+    prompt = ours.prepare(sample(*sizes), seed)
+    features = ours.features(prompt)
+    oracle = theirs(
+        text=[prompt.text], images=prompt.images or None, images_kwargs=ours.mm_processor_kwargs(), return_tensors="np"
+    )
+    np.testing.assert_array_equal(features.prompt_ids, oracle["input_ids"][0])
+    assert features.prompt_ids.dtype == np.int32
+    assert ours.num_tokens(prompt) == len(features.prompt_ids)
+    if sizes:
+        np.testing.assert_array_equal(features.pixel_values, oracle["pixel_values"])
+        np.testing.assert_array_equal(features.image_grid_thw, oracle["image_grid_thw"])
+    assert (features.pixel_values.dtype, features.pixel_values.shape[1]) == (np.float32, 1176)
+    assert (features.image_grid_thw.dtype, features.image_grid_thw.shape) == (np.int64, (len(sizes), 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES)
+def test_an_image_is_resampled_once_and_lies_within_the_bounds(ours: Preprocessor, size: tuple[int, int]) -> None:
+    prompt = ours.prepare(sample(size))
+    (image,) = prompt.images
+    assert image.mode == "RGB"
+    assert image.width % 28 == image.height % 28 == 0
+    assert MIN_PIXELS <= image.width * image.height <= MAX_PIXELS
+    # The processor finds it on the grid and leaves its pixels alone: undoing the normalisation gives them back.
+    features = ours.features(prompt)
+    grid = features.image_grid_thw[0]
+    patches = features.pixel_values.reshape(grid[1] // 2, grid[2] // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0]
+    pixels = patches.transpose(0, 2, 5, 1, 3, 6, 4).reshape(image.height, image.width, 3)
+    np.testing.assert_allclose(pixels * 127.5 + 127.5, np.asarray(image), atol=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES)
+def test_the_aspect_is_kept_to_one_and_a_half_cells_of_the_patch_grid(
+    ours: Preprocessor, size: tuple[int, int]
+) -> None:
+    (image,) = ours.prepare(sample(size)).images
+    ratio = (image.width * image.height / (size[0] * size[1])) ** 0.5
+    assert abs(image.width - size[0] * ratio) <= 42
+    assert abs(image.height - size[1] * ratio) <= 42
+
+
+def test_the_engine_gets_one_pad_per_image_and_its_expansion_is_checked(ours: Preprocessor) -> None:
+    prompt = ours.prepare(sample((112, 112), (84, 140)))
+    ids = ours.prompt_ids_for_engine(prompt)
+    assert ids.count(ours.image_token_id) == 2
+    expanded = ours.features(prompt).prompt_ids
+    assert (expanded == ours.image_token_id).sum() == 16 + 15
+    np.testing.assert_array_equal(ours.check_expansion(prompt, expanded.tolist()), expanded)
+    twice = np.insert(expanded, int(np.argmax(expanded == ours.image_token_id)), ours.image_token_id)
+    with pytest.raises(DataError, match=r"with 32 image pads, ours has .* with 31.*mm_processor_kwargs="):
+        ours.check_expansion(prompt, twice)
+    with pytest.raises(DataError, match=r"row 7 \(sample 'id-7' of digits\): the engine expanded"):
+        ours.check_expansion(prompt, expanded[:-1])
+
+
+def test_a_prompt_over_the_limit_is_refused_and_one_at_the_limit_is_whole(ours: Preprocessor) -> None:
+    length = ours.num_tokens(ours.prepare(sample((112, 112))))
+    at_limit = Preprocessor(MODEL, MIN_PIXELS, MAX_PIXELS, length)
+    assert len(at_limit.features(at_limit.prepare(sample((112, 112)))).prompt_ids) == length
+    below = Preprocessor(MODEL, MIN_PIXELS, MAX_PIXELS, length - 1)
+    with pytest.raises(DataError, match=rf"row 7 .*the prompt has {length} tokens, images included.*is {length - 1}"):
+        below.prepare(sample((112, 112)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(max_size=60), st.integers(0, 2), st.integers(0, 2**31), st.integers(5, 140), st.sampled_from([0, 8, 1024])
+)
+def test_what_passes_the_check_at_load_is_prepared_under_every_seed(
+    ours: Preprocessor, text: str, num_markers: int, seed: int, limit: int, slack: int
+) -> None:
+    ours.max_prompt_tokens, before = limit + slack, ours.max_prompt_tokens
+    try:
+        candidate = sample((112, 84), text="<image>" * num_markers + text)
+        if ours.length_problem(candidate, prompt_pool=True) is None:
+            assert ours.num_tokens(ours.prepare(candidate, seed)) <= limit + slack
+        elif num_markers != 1:
+            with pytest.raises(DataError, match="markers for 1 images"):
+                ours.prepare(candidate, seed)
+    finally:
+        ours.max_prompt_tokens = before
+
+
+def test_the_check_at_load_counts_the_longest_sentences_of_the_pool_only_where_they_are_added(
+    ours: Preprocessor,
+) -> None:
+    plain = ours.num_tokens(ours.prepare(sample((112, 112))))
+    tight = Preprocessor(MODEL, MIN_PIXELS, MAX_PIXELS, plain)
+    assert tight.length_problem(sample((112, 112)), prompt_pool=False) is None
+    problem = tight.length_problem(sample((112, 112)), prompt_pool=True)
+    assert problem is not None
+    assert problem.endswith(f"data.max_prompt_tokens is {plain}")
+    assert tight.length_problem(sample((112, 112), verifier="detection"), prompt_pool=True) is None
+
+
+def test_only_mathverify_samples_with_a_seed_get_a_sentence_of_the_pool(ours: Preprocessor) -> None:
+    plain = ours.prepare(sample((84, 84))).text
+    assert ours.prepare(sample((84, 84)), 3).text != plain
+    assert ours.prepare(sample((84, 84)), 3).text == ours.prepare(sample((84, 84)), 3).text
+    assert ours.prepare(sample((84, 84), verifier="detection"), 3).text == plain
+
+
+@pytest.mark.parametrize("text", ["<image> and <|image_pad|>", "<image> and <|video_pad|>"])
+def test_a_pad_written_in_the_data_is_refused(ours: Preprocessor, text: str) -> None:
+    with pytest.raises(DataError, match="must not contain"):
+        ours.prepare(sample((84, 84), text=text))
+    assert ours.length_problem(sample((84, 84), text=text), prompt_pool=False) is not None
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", encoded(80, 80)[:400], encoded(80, 80, kind="JPEG")[:900]])
+def test_a_broken_image_is_named(ours: Preprocessor, data: bytes) -> None:
+    broken = Sample(7, "digits", [Turn("user", "<image>")], [data], RewardSpec(), "", "id-7")
+    with pytest.raises(DataError, match=r"row 7 \(sample 'id-7' of digits\): images\[0\] cannot be decoded"):
+        ours.prepare(broken)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_colour_mode_becomes_rgb(ours: Preprocessor, mode: str) -> None:
+    out = io.BytesIO()
+    Image.open(io.BytesIO(encoded(84, 84))).convert(mode).save(out, "TIFF" if mode == "CMYK" else "PNG")
+    prompt = ours.prepare(Sample(0, "s", [Turn("user", "<image>")], [out.getvalue()], RewardSpec(), "", ""))
+    assert (prompt.images[0].mode, prompt.images[0].size) == ("RGB", (84, 84))
+
+
+def test_an_image_too_long_for_the_model_is_refused(ours: Preprocessor) -> None:
+    with pytest.raises(DataError, match="image of 10x2400 px: absolute aspect ratio must be smaller than 200"):
+        ours.prepare(sample((10, 2400)))
+
+
+def test_earlier_turns_and_a_system_prompt_reach_the_template(ours: Preprocessor) -> None:
+    turns = [Turn("system", "Be brief."), Turn("user", "Hello"), Turn("assistant", "Hi"), Turn("user", "See <image>!")]
+    prompt = ours.prepare(Sample(0, "s", turns, [encoded(84, 84)], RewardSpec(), "", ""))
+    places = [prompt.text.index(part) for part in ("Be brief.", "Hello", "Hi", "See ", "<|image_pad|>", "!")]
+    assert places == sorted(places)
+    assert prompt.text.endswith("<|im_start|>assistant\n")
+
+
+def test_decoding_keeps_everything_sampled_but_the_end_tokens(ours: Preprocessor) -> None:
+    text = "<think>\n6\n</think>\n<answer>\\boxed{6}</answer>"
+    ids = ours.tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = ours.end_token_ids[0]
+    assert ours.decode(np.asarray([*ids, end], np.int32)) == text
+    assert ours.decode([end, *ids]) == ours.tokenizer.decode([end]) + text
+    assert ours.decode([]) == ""
+
+
+def test_pads_to_forbid_are_the_models_image_and_video_pads(ours: Preprocessor) -> None:
+    config = json.loads((MODEL / "config.json").read_text())
+    assert ours.pad_token_ids == [config["image_token_id"], config["video_token_id"]]
+
+
+def test_a_folder_whose_tokenizer_is_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_id": 77}))
+    with pytest.raises(DataError, match="image_token_id is 77, but the folder's tokenizer says"):
+        Preprocessor(folder, MIN_PIXELS, MAX_PIXELS, 512)
+
+
+def test_a_folder_without_processor_or_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no processor can be loaded"):
+        Preprocessor(tmp_path, MIN_PIXELS, MAX_PIXELS, 512)
+    folder = shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
+    with pytest.raises(DataError, match="has no chat template"):
+        Preprocessor(folder, MIN_PIXELS, MAX_PIXELS, 512)
+
+
+def test_importing_the_data_package_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, vtriune.data.store, vtriune.data.processing, vtriune.data.validate, vtriune.data.loader, vtriune.data.archive;"
+        "print(sorted({'torch', 'transformers', 'numba', 'sympy', 'wandb'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
