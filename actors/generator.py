@@ -1,0 +1,135 @@
+"""A generator: samples leased groups with its engine and hands them to the verifier pool. Spawned by `vtriune.crew`.
+
+    controller ──Lease──▶ generate ──Group──▶ a verifier process ──▶ learner, recorder
+         ▲                                        │
+         └───────────── GroupReport ◀─────────────┘
+
+Many leases are in flight at once; the engine batches their completions. The engine is built in `ready`, so that spawning is
+quick and a failure to start has its own error.
+"""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from actors.verifier_pool import VerifierPoolActor
+from verifiers.breaker import FaultRateError
+from vtriune.config.tree import Config
+from vtriune.data.processing import Preprocessor
+from vtriune.data.store import StoreSet
+from vtriune.messages import Canary, Group, GroupReport, Lease, PublishOrder, PublishReport
+from vtriune.runtime import Actor, ActorError, ActorMesh, MeshFailure, endpoint
+
+if TYPE_CHECKING:
+    from actors.engine import Engine
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 2.0
+
+
+class NotReady(RuntimeError):
+    """A call before `ready`."""
+
+
+class CircuitOpen(RuntimeError):
+    """A source's verifier fails on most answers, which ends the run; the message shows one of them."""
+
+
+class Generator(Actor):
+    """One engine per process. `verifiers` is a reference to the pool's mesh; `rank` numbers the generator in the run."""
+
+    def __init__(
+        self, config: Config, store_folders: list[str], verifiers: ActorMesh[VerifierPoolActor], rank: int
+    ) -> None:
+        self._config = config
+        self._store_folders = store_folders
+        self._verifiers = verifiers
+        self._rank = rank
+        self._engine: Engine | None = None
+        self._starting = asyncio.Lock()
+
+    @endpoint
+    async def ready(self) -> dict[str, float]:
+        """Build the engine on the first call; returns its figures."""
+        async with self._starting:
+            if self._engine is None:
+                self._engine = await asyncio.to_thread(self._build)
+        return self._engine.stats()
+
+    @endpoint
+    async def generate(self, lease: Lease) -> GroupReport:
+        """Sample, have scored and delivered, report. Raises EngineError or DataError when it cannot be sampled."""
+        group = await self._running.generate(lease)
+        return await self._scored(group)
+
+    @endpoint
+    async def receive(self, order: PublishOrder) -> PublishReport:
+        """Take part in a publish as `order.member`; sampled from its version afterwards.
+
+        Raises PublishFailure: a PeerFailure when this engine is unharmed and goes on with the version it had.
+        """
+        return await self._running.receive(order)
+
+    @endpoint
+    async def canary(self, canary: Canary) -> list[float]:
+        """Log-prob of each of the canary's response tokens at the current version."""
+        return await self._running.score(canary)
+
+    @endpoint
+    async def stats(self) -> dict[str, float]:
+        """Shares and rates since the last call, and what is in flight."""
+        return self._running.stats()
+
+    @endpoint
+    async def set_in_flight(self, mode: str) -> None:
+        """What happens to running completions at later publishes: `continue`, `recompute` or `drain`."""
+        if mode not in ("continue", "recompute", "drain"):
+            raise ValueError(f"in_flight: {mode!r} is none of continue, recompute, drain")
+        self._running.in_flight = mode  # type: ignore[assignment]
+
+    @endpoint
+    async def close(self) -> None:
+        """End the engine; groups in flight fail. Idempotent."""
+        await self._close()
+
+    async def __cleanup__(self, error: Exception | None) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.close()
+
+    @property
+    def _running(self) -> "Engine":
+        if self._engine is None:
+            raise NotReady(f"generator {self._rank} has no engine; call ready() first, or it was closed")
+        return self._engine
+
+    def _build(self) -> "Engine":
+        from actors.engine import Engine
+
+        data, path = self._config.data, self._config.model.path
+        preprocessor = Preprocessor(path, data.min_pixels, data.max_pixels, data.max_prompt_tokens)
+        return Engine(self._config, preprocessor, StoreSet.open(self._store_folders), self._rank)
+
+    async def _scored(self, group: Group) -> GroupReport:
+        """Have some verifier process score the group. One that dies loses nothing: the group goes to another, or to the one
+        that replaces it, for as long as the lease lasts."""
+        pause, deadline = _FIRST_PAUSE_S, asyncio.get_running_loop().time() + self._config.policy.lease_s
+        while True:
+            try:
+                report: GroupReport = await self._verifiers.score.choose(group)
+                return report
+            except MeshFailure as failure:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                log.warning("group %d is scored again: %s", group.lease.group_id, str(failure).splitlines()[0])
+            except ActorError as error:
+                if error.type_name.endswith(f".{FaultRateError.__name__}"):
+                    # Under a name the controller knows as fatal; a remote error would only lose the lease.
+                    raise CircuitOpen(error.text) from error
+                raise
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE_S)
