@@ -8,7 +8,8 @@ once, under the same pixel bounds (`mm_processor_kwargs`), and `check_expansion`
                           ├─ prompt_ids_for_engine ─▶ [… <pad> …]           one id per image, for vLLM
                           └─ features ─────────────▶ [… <pad>×16 …], pixel_values, image_grid_thw
 
-transformers is imported when a Preprocessor is made, so that importing this module stays light.
+Importing this module loads nothing heavy. A Preprocessor loads the tokenizer (two seconds); the image processor, which brings torch and
+torchvision along, is loaded by the first call of `features`.
 """
 
 import hashlib
@@ -17,12 +18,14 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vtriune.data.patch_grid import PatchGrid, read_patch_grid
 from vtriune.data.prompt_pool import ANSWER_SENTENCES, REASONING_SENTENCES, append_cot
 from vtriune.data.schema import IMAGE_MARKER, DataError, Sample, Turn
 
@@ -66,19 +69,14 @@ class Preprocessor:
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
         self.max_prompt_tokens = max_prompt_tokens
-        processor = _load_processor(self.model_path)
-        self._tokenizer = getattr(processor, "tokenizer", processor)
-        self._chat = processor if getattr(processor, "chat_template", None) else self._tokenizer
-        if not getattr(self._chat, "chat_template", None):
-            raise DataError(
-                f"{model_path}: has no chat template; save the model's chat_template.jinja beside its tokenizer"
-            )
-        self._image_processor: Any = getattr(processor, "image_processor", None)
-        self._image_token: str = getattr(processor, "image_token", "<|image_pad|>")
+        folder = Path(self.model_path)
+        self._tokenizer = _load_tokenizer(folder)
+        self._grid = read_patch_grid(folder, min_pixels, max_pixels)
+        self._image_token: str = getattr(self._tokenizer, "image_token", "<|image_pad|>")
+        self._video_token: str = getattr(self._tokenizer, "video_token", "<|video_pad|>")
         self.image_token_id: int = self._id_of(self._image_token)
-        self._video_token: str = getattr(processor, "video_token", "<|video_pad|>")
         self.video_token_id: int = self._id_of(self._video_token)
-        _check_ids_of_config(Path(self.model_path), self.image_token_id, self.video_token_id)
+        _check_ids_of_config(folder, self.image_token_id, self.video_token_id)
 
     @property
     def tokenizer(self) -> Any:
@@ -98,7 +96,7 @@ class Preprocessor:
 
     def mm_processor_kwargs(self) -> dict[str, Any]:
         """What vLLM's `mm_processor_kwargs` must be for its image processor to resize as ours does."""
-        return {"size": self._size()} if self._image_processor is not None else {}
+        return {"size": self._size()} if self._grid is not None else {}
 
     def prepare(self, sample: Sample, prompt_seed: int | None = None) -> Prompt:
         """Text and images of `sample`; `prompt_seed` draws the prompt-pool sentences of a mathverify sample, None adds none.
@@ -133,37 +131,33 @@ class Preprocessor:
     def features(self, prompt: Prompt) -> PromptFeatures:
         """Expanded ids, patches and grids of `prompt`; see PromptFeatures for shapes.
 
-        Raises DataError when the number of pads differs from the number of merged patches.
+        Raises DataError when the image processor makes other patches of an image than its size asks for.
         """
-        ids = self.prompt_ids_for_engine(prompt)
+        ids, counts = self.prompt_ids_for_engine(prompt), self._image_token_counts(prompt)
         if not prompt.images:
-            empty = np.zeros((0, self._patch_dim()), np.float32)
-            return PromptFeatures(np.asarray(ids, np.int32), empty, np.zeros((0, 3), np.int64))
+            patch_dim = 0 if self._grid is None else self._grid.patch_dim
+            return PromptFeatures(
+                np.asarray(ids, np.int32), np.zeros((0, patch_dim), np.float32), np.zeros((0, 3), np.int64)
+            )
         batch = self._image_processor(images=prompt.images, size=self._size(), return_tensors="np")
         grid = np.asarray(batch["image_grid_thw"], np.int64)
         pixels = np.ascontiguousarray(batch["pixel_values"], np.float32)
         merge = self._image_processor.merge_size**2
-        counts = (grid.prod(axis=1) // merge).tolist()
-        if counts != [self._num_image_tokens(*image.size) for image in prompt.images] or sum(counts) * merge != len(
-            pixels
-        ):
+        if (grid.prod(axis=1) // merge).tolist() != counts or sum(counts) * merge != len(pixels):
             raise DataError(
-                f"{prompt.where}the image processor made {len(pixels)} patches and grids {grid.tolist()} where image sizes "
-                f"{[image.size for image in prompt.images]} ask for "
-                f"{[self._num_image_tokens(*image.size) for image in prompt.images]} merged tokens"
+                f"{prompt.where}the image processor made {len(pixels)} patches and grids {grid.tolist()} of images of "
+                f"{[image.size for image in prompt.images]} px, which ask for {counts} merged tokens"
             )
         return PromptFeatures(self._expand(ids, counts), pixels, grid)
 
     def num_tokens(self, prompt: Prompt) -> int:
         """P of the expanded prompt, without touching pixels."""
         ids = self.prompt_ids_for_engine(prompt)
-        return len(ids) + sum(self._num_image_tokens(*image.size) - 1 for image in prompt.images)
+        return len(ids) + sum(self._image_token_counts(prompt)) - len(prompt.images)
 
     def check_expansion(self, prompt: Prompt, engine_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Our expanded ids, int32 (P,), when the engine's equal them; DataError naming the first difference otherwise."""
-        ours = self._expand(
-            self.prompt_ids_for_engine(prompt), [self._num_image_tokens(*i.size) for i in prompt.images]
-        )
+        ours = self._expand(self.prompt_ids_for_engine(prompt), self._image_token_counts(prompt))
         theirs = np.asarray(engine_ids, np.int32)
         if np.array_equal(ours, theirs):
             return ours
@@ -205,7 +199,7 @@ class Preprocessor:
             turns = [*turns[:-1], Turn(turns[-1].role, turns[-1].content + _LONGEST_SENTENCES)]
         text = self._text(turns, len(sample.images), "")
         sizes = [_header_size(data, f"images[{index}]") for index, data in enumerate(sample.images)]
-        of_images = sum(self._num_image_tokens(*self._grid_size(*size, "")) - 1 for size in sizes)
+        of_images = sum(self._num_tokens_of(*size) for size in sizes) - len(sizes)
         bound = 3 * len(text.encode()) + of_images
         if bound <= self.max_prompt_tokens:
             return bound
@@ -225,7 +219,7 @@ class Preprocessor:
         if num_markers != num_images:
             raise DataError(f"{where}the prompt has {num_markers} {IMAGE_MARKER} markers for {num_images} images")
         messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
-        text: str = self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if text.count(self._image_token) != num_images or self._video_token in text:
             raise DataError(
                 f"{where}the templated prompt has {text.count(self._image_token)} image pads for {num_images} images, "
@@ -243,57 +237,73 @@ class Preprocessor:
     def _size(self) -> dict[str, int]:
         return {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
 
-    def _patch_dim(self) -> int:
-        owner = self._image_processor
-        return 0 if owner is None else 3 * owner.temporal_patch_size * owner.patch_size**2
-
     def _resized(self, image: Image.Image, where: str) -> Image.Image:
         """One resampling, from the file's pixels straight to the patch grid.
 
         Scaling into the bounds first and letting the processor round to the grid afterwards would resample twice.
         """
-        size = self._grid_size(*image.size, where)
+        try:
+            size = self._needed_grid().size(*image.size)
+        except DataError as error:
+            raise DataError(f"{where}{error}") from error
         return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
-    def _grid_size(self, width: int, height: int, where: str) -> tuple[int, int]:
-        """(width, height) after scaling by the square-root ratio into the pixel bounds and rounding to the patch grid."""
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    def _image_token_counts(self, prompt: Prompt) -> list[int]:
+        """Merged tokens of each image, as the image processor will make them of the prepared ones."""
+        return [self._needed_grid().num_tokens(*image.size) for image in prompt.images]
 
-        if self._image_processor is None:
+    def _num_tokens_of(self, width: int, height: int) -> int:
+        """Merged tokens of an image as the file has it."""
+        grid = self._needed_grid()
+        return grid.num_tokens(*grid.size(width, height))
+
+    def _needed_grid(self) -> PatchGrid:
+        if self._grid is None:
             raise DataError(
-                f"{where}has images, but {self.model_path} has no image processor; use a vision-language model"
+                f"the sample has images, but {self.model_path} is no vision model; use a vision-language model"
             )
-        factor = self._image_processor.patch_size * self._image_processor.merge_size
-        try:
-            rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
-        except ValueError as error:
-            raise DataError(f"{where}image of {width}x{height} px: {error}") from error
-        return columns, rows
+        return self._grid
 
-    def _num_image_tokens(self, width: int, height: int) -> int:
-        """Merged tokens the image processor makes of a prepared image."""
-        columns, rows = self._grid_size(width, height, "")
-        side: int = self._image_processor.patch_size * self._image_processor.merge_size
-        return columns * rows // side**2
+    @cached_property
+    def _image_processor(self) -> Any:
+        from vtriune.torchvision_schemas import define_missing_schemas
+
+        define_missing_schemas()
+        from transformers import AutoImageProcessor
+
+        factory: Any = AutoImageProcessor
+        try:
+            return factory.from_pretrained(self.model_path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{self.model_path}: no image processor can be loaded ({error}); save the model's there"
+            ) from error
 
     def _id_of(self, token: str) -> int:
         found = self._tokenizer.convert_tokens_to_ids(token)
         return -1 if found is None or found == self._tokenizer.unk_token_id else int(found)
 
 
-def _load_processor(model_path: str) -> Any:
-    from vtriune.torchvision_schemas import define_missing_schemas
+def _load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer with its chat template.
 
-    define_missing_schemas()
-    from transformers import AutoProcessor
+    The class is taken by the name that the folder gives: AutoTokenizer finds the same one, after importing every model's code.
+    """
+    import transformers
 
-    factory: Any = AutoProcessor
+    settings = folder / "tokenizer_config.json"
+    name = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
+    factory: Any = getattr(transformers, name or "", None) or transformers.AutoTokenizer
     try:
-        return factory.from_pretrained(model_path, local_files_only=True)
+        tokenizer = factory.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{model_path}: no processor can be loaded ({error}); save the model's processor there"
-        ) from error
+        raise DataError(f"{folder}: no tokenizer can be loaded ({error}); save the model's tokenizer there") from error
+    of_processor = folder / "chat_template.json"
+    if not tokenizer.chat_template and of_processor.is_file():
+        tokenizer.chat_template = json.loads(of_processor.read_text()).get("chat_template")
+    if not tokenizer.chat_template:
+        raise DataError(f"{folder}: has no chat template; save the model's chat_template.jinja beside its tokenizer")
+    return tokenizer
 
 
 def _check_ids_of_config(folder: Path, image_token_id: int, video_token_id: int) -> None:
