@@ -60,6 +60,13 @@ class Echo(Actor):
         return threading.current_thread().name
 
     @endpoint
+    async def hog(self, seconds: float) -> str:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            sum(range(1000))
+        return "let go"
+
+    @endpoint
     async def note(self, mark: int) -> None:
         self.log.append(mark)
 
@@ -145,3 +152,15 @@ class Owner(Actor):
     @endpoint
     async def child_pid(self) -> int:
         return self.procs.peers[0].pid
+
+
+class Meter(Actor):
+    """Tells what its process has spent."""
+
+    @endpoint
+    async def ping(self, x: int) -> int:
+        return x
+
+    @endpoint
+    async def cpu_s(self) -> float:
+        return time.process_time()

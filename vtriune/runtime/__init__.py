@@ -33,9 +33,12 @@ from vtriune.runtime.failure import (
 )
 from vtriune.runtime.future import Future, Stream
 from vtriune.runtime.mesh import ActorMesh
-from vtriune.runtime.node import shutdown
+from vtriune.runtime.node import configure, shutdown
+from vtriune.runtime.proc_group import RestartPolicy
 from vtriune.runtime.proc_mesh import HostMesh, ProcMesh, this_host
 from vtriune.runtime.shape import Extent, Point, ValueMesh
+from vtriune.runtime.watchdog import ProgressWatchdog, Stall
+from vtriune.transport.wire import Limits
 
 __all__ = [
     "Actor",
@@ -48,12 +51,17 @@ __all__ = [
     "Extent",
     "Future",
     "HostMesh",
+    "Limits",
     "MeshFailure",
     "MessageRefused",
     "Point",
     "ProcMesh",
+    "ProgressWatchdog",
+    "RestartPolicy",
+    "Stall",
     "Stream",
     "ValueMesh",
+    "configure",
     "current_actor_name",
     "current_rank",
     "current_size",

@@ -11,41 +11,23 @@ import contextvars
 import inspect
 import logging
 import queue
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
-
 from vtriune.runtime import context
 from vtriune.runtime.actor import Actor, Endpoint, Signature, load_class
+from vtriune.runtime.bootstrap import SpawnRequest
 from vtriune.runtime.failure import note_from_error
 from vtriune.runtime.node import SYSTEM, Node
 from vtriune.runtime.shape import Extent, Point
+from vtriune.runtime.stacks import own_stacks
 from vtriune.transport.codec import Payload, Schema, pack
 from vtriune.transport.errors import DeadlineExceeded, MeshFailure, MessageRefused
 from vtriune.transport.inbox import Session
 from vtriune.transport.wire import Call, ErrorNote, FailureNote, WireError
 
 logger = logging.getLogger("vtriune.runtime")
-
-
-class SpawnRequest(msgspec.Struct, frozen=True, array_like=True):
-    """Construct an actor: its class by import path, its place, its encoded constructor arguments."""
-
-    actor_id: str
-    name: str
-    class_path: str
-    labels: tuple[str, ...]
-    sizes: tuple[int, ...]
-    rank: int
-    args: bytes
-    frames: tuple[bytes, ...]
-    blobs: tuple[int, ...]
-    num_positional: int
-    names: tuple[str, ...]
 
 
 SPAWN = Schema(("request",), (SpawnRequest,))
@@ -184,9 +166,7 @@ class ActorHost:
     def _report(self, cause: str, detail: str, stacks: str) -> None:
         me = self._hosting.node.me
         logger.error("%s\n%s", detail, stacks)
-        self._hosting.node.report(
-            self, FailureNote(me.mesh, me.rank, me.host, me.pid, cause, detail=detail, stacks=stacks)
-        )
+        self._hosting.node.report(FailureNote(me.mesh, me.rank, me.host, me.pid, cause, detail=detail, stacks=stacks))
 
     def cancel(self, session: Session, call_id: int) -> None:
         """Cancel an async call's task; a sync one that has not started is dropped, one that runs runs on unheard."""
@@ -215,7 +195,7 @@ class ActorHost:
             # A supervisor that fails has not handled the failure: both are reported.
             logger.exception("%s.__supervise__ failed", self.name)
         if not is_handled:
-            self._hosting.node.report(self, failure.note)
+            self._hosting.node.report(failure.note)
 
     async def stop(self, error: Exception | None) -> None:
         """Cancel what runs, call `__cleanup__`, end the thread."""
@@ -285,7 +265,7 @@ class Hosting:
             elif call.endpoint == "stop":
                 self._stop(session, call, STOP.unpack(call.args, frames, call.blobs)[0])
             elif call.endpoint == "stacks":
-                session.reply(call.id, pack((stacks(),)))
+                session.reply(call.id, pack((own_stacks(),)))
             else:
                 self._refuse(session, call, f"no system call {call.endpoint!r}")
         except WireError as error:
@@ -299,6 +279,21 @@ class Hosting:
                 session.reply(call.id, pack((None,)))
             else:
                 session.fault(call.id, error)
+
+        host.construct(request, on_done)
+
+    def revive(self, request: SpawnRequest) -> None:
+        """Construct an actor this process had before it was restarted."""
+        host = self._hosts[request.actor_id] = ActorHost(self, request)
+        me = self.node.me
+
+        def on_done(error: ErrorNote | None) -> None:
+            if error is not None:
+                detail = f"{request.name}: {error.type_name}: {error.text}"
+                note = FailureNote(
+                    me.mesh, me.rank, me.host, me.pid, "constructor", detail=detail, stacks=error.traceback
+                )
+                self.node.report(note)
 
         host.construct(request, on_done)
 
@@ -316,15 +311,6 @@ class Hosting:
         """Stop every actor, the youngest first."""
         for host in reversed(list(self._hosts.values())):
             await host.stop(None)
-
-
-def stacks() -> str:
-    """Python stacks of all threads of this process, newest call last."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = []
-    for ident, frame in sys._current_frames().items():
-        parts.append(f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)))
-    return "\n".join(parts)
 
 
 def _refusal(text: str) -> ErrorNote:

@@ -1,4 +1,7 @@
-"""Starts worker processes on this machine and watches them. Used by `spawn_procs`; runs on the watcher's thread."""
+"""Starts worker processes on this machine and watches them. Used by `spawn_procs`; runs on the watcher's thread.
+
+A `WorkerProcess` is what a launcher gives a mesh: another launcher (such as Ray's) gives the same.
+"""
 
 from __future__ import annotations
 
@@ -8,62 +11,98 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
-from vtriune.runtime.watcher import Watcher, receive_note, send_note
-from vtriune.runtime.worker import CONTROL_FD, Bootstrap, read_ready
+from vtriune.runtime import bootstrap as control_channel
+from vtriune.runtime import stacks
+from vtriune.runtime.bootstrap import CONTROL_FD, Bootstrap, Ready, Report
+from vtriune.runtime.watcher import Watcher
 from vtriune.transport.wire import FailureNote, PeerRef
 
 _TAIL_LINES = 30
 _TAIL_BYTES = 16384
+_OOM_MEMORY_S = 10.0
+
+
+class Events(Protocol):
+    """Who owns a worker process. Called on the watcher's thread."""
+
+    def on_ready(self, process: WorkerProcess) -> None:
+        """It listens: `process.peer` is set."""
+        ...
+
+    def on_exit(self, process: WorkerProcess, note: FailureNote) -> None:
+        """It has ended, with this last word."""
+        ...
+
+    def on_report(self, process: WorkerProcess, note: FailureNote) -> None:
+        """Something failed inside it; it lives."""
+        ...
+
+
+class WorkerProcess(Protocol):
+    """A worker process, wherever it runs."""
+
+    boot: Bootstrap
+    peer: PeerRef | None
+    has_ended: bool
+    is_stopping: bool
+
+    def stop(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL after the grace. Idempotent."""
+        ...
+
+    def kill(self, cause: str = "") -> None:
+        """SIGKILL at once; `cause` is then reported in place of the signal."""
+        ...
+
+    def stopped_for_s(self) -> float:
+        """How long it has been in the stopped state (SIGSTOP); 0 when it is not, or where that cannot be seen."""
+        ...
+
+
+Launch = Callable[[Bootstrap, Mapping[str, str], Path | None, Events], WorkerProcess]
 
 
 class LocalProcess:
-    """One worker process. Callbacks run on the watcher's thread."""
+    """One worker process on this machine."""
 
     def __init__(
-        self,
-        watcher: Watcher,
-        bootstrap: Bootstrap,
-        env: Mapping[str, str],
-        log_path: Path | None,
-        on_exit: Callable[[LocalProcess, int], None],
-        on_report: Callable[[LocalProcess, FailureNote], None],
+        self, watcher: Watcher, boot: Bootstrap, env: Mapping[str, str], log_path: Path | None, events: Events
     ) -> None:
-        self.bootstrap = bootstrap
-        self.log_path = log_path
+        self.boot = msgspec.structs.replace(boot, parent_pid=os.getpid())
         self.peer: PeerRef | None = None
-        self.pid = 0
-        self.returncode: int | None = None
+        self.has_ended = False
         self.is_stopping = False
-        self.error = ""
-        self.changed = threading.Event()
+        self._pid = 0
         self._watcher = watcher
         self._env = env
-        self._on_exit = on_exit
-        self._on_report = on_report
+        self._log_path = log_path
+        self._events = events
+        self._kill_cause = ""
+        self._stopped_since = 0.0
+        self._ended = threading.Event()
         watcher.do(self._start)
 
     def _start(self) -> None:
         try:
             self._launch()
         except OSError as error:
-            self.error = f"cannot start a process: {error}"
-            self.returncode = 127
-            self.changed.set()
-            self._on_exit(self, 127)
+            self._end(self._note("launch", detail=f"cannot start a process: {error}"))
 
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **self._env, CONTROL_FD: str(theirs.fileno())}
         log = None
-        if self.log_path is not None:
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            log = self.log_path.open("ab")
+        if self._log_path is not None:
+            self._log_path.parent.mkdir(parents=True, exist_ok=True)
+            log = self._log_path.open("ab")
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "vtriune.runtime"],
@@ -78,51 +117,72 @@ class LocalProcess:
             theirs.close()
             if log is not None:
                 log.close()
-        self.pid = self._process.pid
+        self._pid = self._process.pid
         self._control = ours
-        self._pidfd = os.pidfd_open(self.pid)
+        self._pidfd = os.pidfd_open(self._pid)
         self._watcher.watch(self._pidfd, self._on_pidfd)
         self._watcher.watch(ours.fileno(), self._on_control)
         try:
-            send_note(ours, self.bootstrap)
+            control_channel.send(ours, self.boot)
         except BrokenPipeError:
             # It died already; the pidfd tells the rest.
             return
         if self.is_stopping:
             self._signal(signal.SIGTERM)
 
+    # ---- what it says, and its end
+
     def _on_control(self) -> None:
-        body = receive_note(self._control)
+        body = control_channel.receive(self._control)
         if body is None:
             self._watcher.unwatch(self._control.fileno())
-        elif self.peer is None:
-            self.peer = read_ready(body)
-            self.changed.set()
+            return
+        message = msgspec.msgpack.decode(body, type=Ready | Report)
+        if isinstance(message, Ready):
+            self.peer = message.peer
+            self._events.on_ready(self)
         else:
-            self._on_report(self, msgspec.msgpack.decode(body, type=FailureNote))
+            self._events.on_report(self, message.note)
 
     def _on_pidfd(self) -> None:
         returncode = self._process.wait()
         self._watcher.unwatch(self._pidfd)
         os.close(self._pidfd)
-        try:
-            self._watcher.unwatch(self._control.fileno())
-        except KeyError:
-            # Its end of file came first.
-            self._drop_group()
-        else:
-            self._drop_group()
+        self._watcher.unwatch(self._control.fileno())
         self._control.close()
-        self.returncode = returncode
-        self.changed.set()
-        self._on_exit(self, returncode)
+        self._end_session()
+        (Path(self.boot.folder) / f"{self._pid}.stacks").unlink(missing_ok=True)
+        if self._kill_cause:
+            note = self._note(self._kill_cause, signal_number=-returncode if returncode < 0 else None)
+        elif returncode >= 0:
+            note = self._note("exit", exit_code=returncode)
+        else:
+            is_oom = -returncode == signal.SIGKILL and self._watcher.saw_oom_kill(_OOM_MEMORY_S)
+            note = self._note("oom" if is_oom else "signal", signal_number=-returncode)
+        self._end(note)
 
-    def _drop_group(self) -> None:
+    def _end(self, note: FailureNote) -> None:
+        self.has_ended = True
+        self._ended.set()
+        self._events.on_exit(self, note)
+
+    def _end_session(self) -> None:
         """End helpers the worker left behind in its session."""
         try:
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self._pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             return
+
+    def _note(
+        self, cause: str, detail: str = "", exit_code: int | None = None, signal_number: int | None = None
+    ) -> FailureNote:
+        boot = self.boot
+        host = os.uname().nodename
+        return FailureNote(
+            boot.mesh, boot.rank, host, self._pid, cause, exit_code, signal_number, detail, self.log_tail()
+        )  # fmt: skip
+
+    # ---- what is done to it
 
     def stop(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL after `grace_s`. Idempotent."""
@@ -131,40 +191,42 @@ class LocalProcess:
             self._watcher.do(lambda: self._terminate(grace_s))
 
     def _terminate(self, grace_s: float) -> None:
-        if self.returncode is None and self.pid:
+        if not self.has_ended and self._pid:
             self._signal(signal.SIGTERM)
-            # A stopped process receives SIGTERM only once it is continued.
+            # A stopped process acts on SIGTERM only once it is continued.
             self._signal(signal.SIGCONT)
             self._watcher.do_later(grace_s, self.kill)
 
-    def kill(self) -> None:
+    def kill(self, cause: str = "") -> None:
         """SIGKILL, at once."""
-        if self.returncode is None and self.pid:
+        if not self.has_ended and self._pid:
+            self._kill_cause = self._kill_cause or cause
             self._signal(signal.SIGKILL)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until it has ended; False when it has not within the timeout."""
+        return self._ended.wait(timeout_s)
 
     def _signal(self, number: int) -> None:
         try:
             signal.pidfd_send_signal(self._pidfd, number)
-        except ProcessLookupError:
-            # It has just ended; its pidfd will say so.
+        except (ProcessLookupError, OSError):
+            # It has just ended; its pidfd has said so or will.
             return
+
+    def stopped_for_s(self) -> float:
+        """Seconds in the stopped state, as far as the calls of this method have seen it."""
+        if self.has_ended or not self._pid or stacks.state(self._pid) not in ("stopped", "traced"):
+            self._stopped_since = 0.0
+            return 0.0
+        self._stopped_since = self._stopped_since or time.monotonic()
+        return time.monotonic() - self._stopped_since
 
     def log_tail(self) -> tuple[str, ...]:
         """Last lines of its log; empty when it writes to our own output."""
-        if self.log_path is None or not self.log_path.exists():
+        if self._log_path is None or not self._log_path.exists():
             return ()
-        with self.log_path.open("rb") as log:
-            log.seek(max(0, self.log_path.stat().st_size - _TAIL_BYTES))
+        with self._log_path.open("rb") as log:
+            log.seek(max(0, self._log_path.stat().st_size - _TAIL_BYTES))
             text = log.read().decode("utf-8", "replace")
         return tuple(deque(text.splitlines(), _TAIL_LINES))
-
-
-def oom_kills() -> int:
-    """How many processes the kernel has killed for memory since boot, on this machine, cgroups included."""
-    try:
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    except OSError:
-        return 0
-    return 0

@@ -6,45 +6,71 @@ The root process gets its node on first use; a worker makes its own from what it
 from __future__ import annotations
 
 import atexit
+import ipaddress
 import itertools
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vtriune.runtime.failure import note_from_error
+from vtriune.transport import wire
 from vtriune.transport.errors import MeshFailure, MessageRefused
 from vtriune.transport.folder import SocketFolder
 from vtriune.transport.inbox import Inbox, Session
 from vtriune.transport.link import Link
 from vtriune.transport.reactor import Reactor
-from vtriune.transport.wire import Call, FailureNote, Gone, Limits, PeerRef
+from vtriune.transport.security import RunKeys, Security, new_keys
+from vtriune.transport.wire import Back, Call, FailureNote, Gone, Limits, PeerRef
 
 if TYPE_CHECKING:
-    from vtriune.runtime.hosting import ActorHost, Hosting
+    from vtriune.runtime.hosting import Hosting
     from vtriune.runtime.watcher import Watcher
 
 SYSTEM = ""
 
 
 class Node:
-    """Reactor, inbox and links of one process."""
+    """Reactor, inbox and links of one process.
 
-    def __init__(self, name: str, mesh: str, rank: int, limits: Limits, folder: str, incarnation: int = 0) -> None:
+    Args:
+        name: Unique in the run; also the socket's file name.
+        address: Where to listen: `ipc://...`, or `tcp://host:port` (port 0: any), which needs `keys`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mesh: str,
+        rank: int,
+        address: str,
+        limits: Limits,
+        keys: RunKeys | None = None,
+        folder: str = "",
+        incarnation: int = 0,
+    ) -> None:
         self.limits = limits
         self.folder = folder
+        self.keys = keys
         self.reactor = Reactor()
-        self.incarnation = incarnation
         self.hosting: Hosting | None = None
-        self.inbox = Inbox(self.reactor, limits, name, incarnation, self, None)
-        address = self.inbox.bind(f"ipc://{folder}/{name}")
-        self.me = PeerRef(name, address, mesh, rank, socket.gethostname(), os.getpid())
+        self.security = None if keys is None else Security(self.reactor.context, keys)
+        is_tcp = address.startswith("tcp://")
+        if is_tcp and self.security is None:
+            raise ValueError(f"{address} needs the run's keys: no socket but ipc:// is open to everyone")
+        self.inbox = Inbox(self.reactor, limits, incarnation, self, self.security if is_tcp else None)
+        bound = self.inbox.bind(address)
+        self.me = PeerRef(name, bound, mesh, rank, socket.gethostname(), os.getpid())
         self._links: dict[str, Link] = {}
-        self._link_ids = itertools.count(1)
+        self._moved: dict[str, PeerRef] = {}
+        # A restarted process must not be taken for its predecessor: links of both have distinct ids.
+        self._link_ids = itertools.count(int.from_bytes(os.urandom(6), "little"))
         self._names = itertools.count(1)
         self._watcher: Watcher | None = None
         self._lock = threading.Lock()
+        # Children of this process by node name: told when a link finds one unreachable.
+        self.on_unreachable: dict[str, Callable[[MeshFailure], None]] = {}
         self.is_closed = False
 
     @property
@@ -54,12 +80,18 @@ class Node:
             if self._watcher is None:
                 from vtriune.runtime.watcher import Watcher
 
-                self._watcher = Watcher(self)
+                self._watcher = Watcher(self.reactor.tick)
             return self._watcher
 
     def unique(self, name: str) -> str:
         """A name no other node or actor of this run has."""
-        return f"{name}#{self.me.node.rpartition('/')[2]}.{next(self._names)}"
+        return f"{name}#{self.me.node}.{next(self._names)}"
+
+    def address_for(self, name: str) -> str:
+        """Where a new process on this machine should listen: beside this one."""
+        if self.me.address.startswith("tcp://"):
+            return f"{self.me.address.rpartition(':')[0]}:0"
+        return f"ipc://{self.folder}/{name}"
 
     def link(self, peer: PeerRef) -> Link:
         """The link to a process, opened on first use."""
@@ -68,33 +100,56 @@ class Node:
             with self.reactor.lock:
                 link = self._links.get(peer.node)
                 if link is None:
-                    link = Link(self.reactor, self.limits, self.me, peer, next(self._link_ids), None)
+                    peer = self._moved.get(peer.node, peer)
+                    link_id = next(self._link_ids)
+                    link = Link(self.reactor, self.limits, self.me, peer, link_id, self.security, self._on_lost_peer)
                     self._links[peer.node] = link
         return link
 
-    def peer_gone(self, node: str, failure: MeshFailure, *, tell: bool) -> int:
+    def peer_gone(self, node: str, failure: MeshFailure, *, tell: bool, is_restarting: bool = False) -> int:
         """Fail everything that waits for a process; `tell` the other processes this one has links to.
 
         Returns the number of calls that ended in the failure.
         """
         with self.reactor.lock:
             link = self._links.get(node)
-            num_failed = link.fail(failure) if link is not None else 0
+            num_failed = link.fail(failure, is_restarting=is_restarting) if link is not None else 0
             self.inbox.forget(node)
             if tell:
-                for other in self._links.values():
-                    if other.failure is None:
-                        other.tell(Gone(node, failure.note))
+                self._tell_all(Gone(node, failure.note, is_restarting))
         return num_failed
+
+    def peer_back(self, peer: PeerRef, *, tell: bool) -> None:
+        """A process that had gone runs again at this address."""
+        with self.reactor.lock:
+            self._moved[peer.node] = peer
+            link = self._links.get(peer.node)
+            if link is not None:
+                link.move(peer)
+            if tell:
+                self._tell_all(Back(peer))
+
+    def _tell_all(self, message: wire.Message) -> None:
+        for link in self._links.values():
+            if link.failure is None:
+                link.tell(message)
+
+    def _on_lost_peer(self, link: Link, failure: MeshFailure) -> None:
+        """A link gave its peer up: if that is a child of ours, its group decides what it means."""
+        action = self.on_unreachable.get(link.peer.node)
+        if action is not None:
+            self.watcher.do(lambda: action(failure))
 
     # ---- what the inbox hands on
 
     def on_call(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
         """Start a call on the actor it names."""
-        if self.hosting is None:
-            session.fault(call.id, note_from_error(MessageRefused("this process hosts no actors")))
-        else:
+        if self.hosting is not None:
             self.hosting.on_call(session, call, frames)
+        elif call.oneway:
+            session.done(call.id)
+        else:
+            session.fault(call.id, note_from_error(MessageRefused("this process hosts no actors")))
 
     def on_cancel(self, session: Session, call_id: int) -> None:
         """Cancel a running call."""
@@ -103,9 +158,13 @@ class Node:
 
     def on_gone(self, gone: Gone) -> None:
         """A process this one may have calls at has failed."""
-        self.peer_gone(gone.node, MeshFailure(gone.failure), tell=False)
+        self.peer_gone(gone.node, MeshFailure(gone.failure), tell=False, is_restarting=gone.restarting)
 
-    def report(self, host: ActorHost | None, note: FailureNote) -> None:
+    def on_back(self, peer: PeerRef) -> None:
+        """It runs again."""
+        self.peer_back(peer, tell=False)
+
+    def report(self, note: FailureNote) -> None:
         """An actor failed outside any awaited call: tell its owner, the parent process."""
         self.watcher.report_to_parent(note)
 
@@ -121,12 +180,37 @@ class Node:
             for link in self._links.values():
                 link.close()
             self.inbox.close()
+        if self.security is not None:
+            self.security.close()
         self.reactor.close()
 
 
 _node: Node | None = None
 _folder: SocketFolder | None = None
+_bind = ""
+_limits = Limits()
 _node_lock = threading.Lock()
+
+
+def configure(bind: str = "", limits: Limits | None = None) -> None:
+    """Choose the run's network and limits, before anything is spawned.
+
+    Args:
+        bind: Address of the interface to listen on, for runs across hosts: every socket then speaks CURVE with keys
+            made for this run. Empty: `ipc://` sockets in a private folder.
+        limits: Bounds on messages and queues, for every process of the run.
+
+    Raises:
+        RuntimeError: the runtime is in use already.
+        ValueError: `bind` is no IP address, or a wildcard, which peers could not connect to.
+    """
+    global _bind, _limits
+    if _node is not None and not _node.is_closed:
+        raise RuntimeError("configure() must come before the first spawn")
+    if bind and ipaddress.ip_address(bind).is_unspecified:
+        raise ValueError(f"bind={bind!r}: name the address of one interface, which other hosts can connect to")
+    _bind = bind
+    _limits = limits or Limits()
 
 
 def this_node() -> Node:
@@ -137,7 +221,9 @@ def this_node() -> Node:
         with _node_lock:
             if _node is None or _node.is_closed:
                 _folder = SocketFolder()
-                _node = Node("root", "root", 0, Limits(), str(_folder.path))
+                folder = str(_folder.path)
+                address = f"tcp://{_bind}:0" if _bind else f"ipc://{folder}/root"
+                _node = Node("root", "root", 0, address, _limits, new_keys() if _bind else None, folder)
                 atexit.register(shutdown)
             node = _node
     return node

@@ -1,54 +1,50 @@
 """The thread that starts this process's children and learns of their end at once. One per process that has children,
-and in every worker, where it also watches the parent.
+and in every worker, where it also passes failures on to the parent.
 
-Children are started by this thread because the kernel ties "die with the parent" to the starting thread. Their exit
-is seen through pidfds, without polling.
+Children are started by this thread because the kernel ties "die with the parent" to the starting thread, which must
+live as long as the process. Their exit is seen through pidfds, without polling.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import selectors
-import signal
 import socket
-import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import msgspec
-
+from vtriune.runtime import bootstrap as control_channel
 from vtriune.transport.wire import FailureNote
 
-if TYPE_CHECKING:
-    from vtriune.runtime.node import Node
-
 logger = logging.getLogger("vtriune.runtime")
+
 TICK_S = 0.1
-
-
-class Watched:
-    """Something the watcher polls: a descriptor and what to do when it is readable."""
-
-    def __init__(self, fd: int, on_readable: Callable[[], None]) -> None:
-        self.fd = fd
-        self.on_readable = on_readable
+_OOM_EVERY_S = 0.5
 
 
 class Watcher:
-    """A daemon thread with a selector, a queue of things to do, and a slow tick."""
+    """A daemon thread with a selector, a queue of things to do, and a slow tick.
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    Args:
+        on_tick: Called every `TICK_S`, more or less.
+    """
+
+    def __init__(self, on_tick: Callable[[], None]) -> None:
+        self._on_tick = on_tick
         self._selector = selectors.DefaultSelector()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._on_wake)
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._timers: list[tuple[float, Callable[[], None]]] = []
-        self._on_close: list[Callable[[], None]] = []
+        self._at_close: list[Callable[[], None]] = []
+        self._oom_kills: deque[tuple[float, int]] = deque([(time.monotonic(), oom_kills())], 64)
         self._is_closing = False
         self.parent: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, name="vtriune-watcher", daemon=True)
@@ -68,17 +64,28 @@ class Watcher:
         self._selector.register(fd, selectors.EVENT_READ, on_readable)
 
     def unwatch(self, fd: int) -> None:
-        """Stop. Call on the watcher's thread."""
-        self._selector.unregister(fd)
+        """Stop; harmless for one that is not watched. Call on the watcher's thread, before closing `fd`."""
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(fd)
 
-    def on_close(self, action: Callable[[], None]) -> None:
+    def at_close(self, action: Callable[[], None]) -> None:
         """Have `action` called when the process shuts down."""
-        self._on_close.append(action)
+        self._at_close.append(action)
 
     def report_to_parent(self, note: FailureNote) -> None:
         """Pass a failure to the owner of this process."""
         if self.parent is not None:
-            send_note(self.parent, note)
+            try:
+                control_channel.send(self.parent, control_channel.Report(note))
+            except OSError:
+                # The parent is gone, and this process with it in a moment.
+                logger.error("could not report to the parent: %s", note)
+
+    def saw_oom_kill(self, within_s: float) -> bool:
+        """Whether the kernel killed some process for memory in the last `within_s`."""
+        since = time.monotonic() - within_s
+        before = [count for when, count in self._oom_kills if when <= since] or [self._oom_kills[0][1]]
+        return oom_kills() > before[-1]
 
     def _on_wake(self) -> None:
         os.eventfd_read(self._wake_fd)
@@ -94,7 +101,11 @@ class Watcher:
             self._timers = [(when, job) for when, job in self._timers if when > now]
             for job in due:
                 self._guard(job)
-            self._guard(self._node.reactor.tick)
+            if now - self._oom_kills[-1][0] > _OOM_EVERY_S:
+                self._oom_kills.append((now, oom_kills()))
+            self._guard(self._on_tick)
+        self._selector.close()
+        os.close(self._wake_fd)
 
     def _guard(self, job: Callable[[], Any]) -> None:
         try:
@@ -105,49 +116,24 @@ class Watcher:
 
     def close(self) -> None:
         """End the children, then the thread."""
-        for action in self._on_close:
+        for action in self._at_close:
             self._guard(action)
-        self._is_closing = True
-        if threading.current_thread() is not self._thread:
-            os.eventfd_write(self._wake_fd, 1)
+        if threading.current_thread() is self._thread:
+            self._is_closing = True
+        elif self._thread.is_alive():
+            self.do(self._end)
             self._thread.join(timeout=5.0)
 
-
-def exit_note(
-    mesh: str, rank: int, host: str, pid: int, returncode: int, is_oom: bool, log_tail: tuple[str, ...]
-) -> FailureNote:
-    """The failure of a process that has ended with this return code (negative: killed by that signal)."""
-    if returncode >= 0:
-        return FailureNote(mesh, rank, host, pid, "exit", exit_code=returncode, log_tail=log_tail)
-    cause = "oom" if is_oom and -returncode == signal.SIGKILL else "signal"
-    return FailureNote(mesh, rank, host, pid, cause, signal=-returncode, log_tail=log_tail)
+    def _end(self) -> None:
+        self._is_closing = True
 
 
-def send_note(control: socket.socket, message: msgspec.Struct) -> None:
-    """Write one length-prefixed message to a control socket."""
-    body = msgspec.msgpack.encode(message)
-    control.sendall(struct.pack("<I", len(body)) + body)
-
-
-def receive_note(control: socket.socket, limit: int = 64 << 20) -> bytes | None:
-    """Read one length-prefixed message; None at end of file."""
-    head = _read(control, 4)
-    if head is None:
-        return None
-    (size,) = struct.unpack("<I", head)
-    if size > limit:
-        raise ValueError(f"a control message of {size} bytes exceeds {limit}")
-    return _read(control, size)
-
-
-def _read(control: socket.socket, size: int) -> bytes | None:
-    parts = b""
-    while len(parts) < size:
-        try:
-            part = control.recv(size - len(parts))
-        except ConnectionResetError:
-            return None
-        if not part:
-            return None
-        parts += part
-    return parts
+def oom_kills() -> int:
+    """How many processes the kernel has killed for memory since boot, on this machine, cgroups included."""
+    try:
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except OSError:
+        return 0
+    return 0

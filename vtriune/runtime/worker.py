@@ -1,8 +1,4 @@
-"""The main program of every worker process, `python -m vtriune.runtime`, started by a launcher.
-
-What it needs to know comes over an inherited socket, never on the command line. The same socket's end of file means
-that the parent is gone; the kernel's parent-death signal covers the case that Python cannot run to notice.
-"""
+"""The main program of every worker process, `python -m vtriune.runtime`, started by a launcher."""
 
 from __future__ import annotations
 
@@ -19,50 +15,39 @@ import threading
 
 import msgspec
 
+from vtriune.runtime import bootstrap as control_channel
 from vtriune.runtime import node as node_module
+from vtriune.runtime import stacks
+from vtriune.runtime.bootstrap import CONTROL_FD, Bootstrap, Ready
 from vtriune.runtime.hosting import Hosting
 from vtriune.runtime.node import Node
-from vtriune.runtime.watcher import receive_note, send_note
-from vtriune.transport.wire import Limits, PeerRef
 
-CONTROL_FD = "VTRIUNE_CONTROL_FD"
 _PR_SET_PDEATHSIG = 1
 _CLEANUP_S = 30.0
 
 logger = logging.getLogger("vtriune.runtime")
 
 
-class Bootstrap(msgspec.Struct, frozen=True):
-    """What a worker is told before it does anything."""
-
-    mesh: str
-    rank: int
-    node: str
-    folder: str
-    limits: Limits
-    parent_pid: int
-    sys_path: tuple[str, ...]
-    incarnation: int = 0
-
-
 def main() -> None:
     """Serve until told to stop or until the parent is gone."""
     control = socket.socket(fileno=int(os.environ.pop(CONTROL_FD)))
-    body = receive_note(control)
+    body = control_channel.receive(control)
     if body is None:
         sys.exit("the parent went away before it said what to run")
-    bootstrap = msgspec.msgpack.decode(body, type=Bootstrap)
-    die_with_parent(bootstrap.parent_pid)
-    set_title(f"vtriune {bootstrap.mesh}-{bootstrap.rank}")
+    boot = msgspec.msgpack.decode(body, type=Bootstrap)
+    die_with_parent(boot.parent_pid)
+    set_title(f"{stacks.TITLE}{boot.mesh}-{boot.rank}")
     faulthandler.enable()
+    if boot.folder:
+        stacks.register(boot.folder)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    sys.path[:] = [*(path for path in bootstrap.sys_path if path not in sys.path), *sys.path]
+    sys.path[:] = [*(path for path in boot.sys_path if path not in sys.path), *sys.path]
     node = Node(
-        bootstrap.node, bootstrap.mesh, bootstrap.rank, bootstrap.limits, bootstrap.folder, bootstrap.incarnation
-    )
+        boot.node, boot.mesh, boot.rank, boot.address, boot.limits, boot.keys, boot.folder, boot.incarnation
+    )  # fmt: skip
     node_module.set_node(node)
     try:
-        asyncio.run(serve(node, control))
+        asyncio.run(serve(node, control, boot))
     finally:
         node.close()
         sys.stdout.flush()
@@ -72,7 +57,7 @@ def main() -> None:
         os._exit(0)
 
 
-async def serve(node: Node, control: socket.socket) -> None:
+async def serve(node: Node, control: socket.socket, boot: Bootstrap) -> None:
     """Host actors until SIGTERM."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
@@ -80,10 +65,12 @@ async def serve(node: Node, control: socket.socket) -> None:
     # Ctrl-C is the root's to handle: it stops its children in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hosting = Hosting(node, loop)
+    for request in boot.actors:
+        hosting.revive(request)
     node.reactor.attach_running_loop()
     node.watcher.parent = control
-    threading.Thread(target=_end_with_parent, args=(control, node), name="vtriune-parent", daemon=True).start()
-    send_note(control, node.me)
+    threading.Thread(target=_end_with_parent, args=(control,), name="vtriune-parent", daemon=True).start()
+    control_channel.send(control, Ready(node.me))
     await ended.wait()
     try:
         await asyncio.wait_for(hosting.stop(), _CLEANUP_S)
@@ -91,8 +78,8 @@ async def serve(node: Node, control: socket.socket) -> None:
         logger.error("cleanup took over %s s and was abandoned", _CLEANUP_S)
 
 
-def _end_with_parent(control: socket.socket, node: Node) -> None:
-    while receive_note(control) is not None:
+def _end_with_parent(control: socket.socket) -> None:
+    while control_channel.receive(control) is not None:
         continue
     # The parent is gone: nobody is left to read an answer, and our own children see our end as we see this one.
     os.kill(os.getpid(), signal.SIGKILL)
@@ -110,8 +97,3 @@ def set_title(title: str) -> None:
     import setproctitle
 
     setproctitle.setproctitle(title)
-
-
-def read_ready(body: bytes) -> PeerRef:
-    """The message a worker sends once it can be called."""
-    return msgspec.msgpack.decode(body, type=PeerRef)

@@ -62,6 +62,11 @@ class MeshFailure(RuntimeError):
         return self.note.log_tail
 
     @property
+    def is_restarting(self) -> bool:
+        """Whether its owner is bringing the process back."""
+        return self.note.is_restarting
+
+    @property
     def stacks(self) -> str:
         """Python stacks of its threads, where they could be had."""
         return self.note.stacks
@@ -87,6 +92,8 @@ class MeshFailure(RuntimeError):
                 "stalled": "makes no progress",
                 "launch": "did not start",
             }.get(note.cause, note.cause)
+        if note.is_restarting:
+            what += " and is being restarted"
         return f"{what}: {note.detail}" if note.detail else what
 
     def report(self) -> str:

@@ -8,6 +8,7 @@ returns its credit.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,9 +17,11 @@ import zmq
 
 from vtriune.transport import wire
 from vtriune.transport.codec import Payload
-from vtriune.transport.link import HEARTBEAT_S, SILENCE_S
-from vtriune.transport.reactor import Reactor, has_input, receive
+from vtriune.transport.connection import HEARTBEAT_S, SILENCE_S, Monitor
+from vtriune.transport.frames import has_input, receive, send
+from vtriune.transport.reactor import Reactor
 from vtriune.transport.wire import (
+    Back,
     Call,
     Cancel,
     Done,
@@ -35,6 +38,11 @@ from vtriune.transport.wire import (
 
 _BATCH = 256
 _DONE_BATCH = 64
+_REFUSALS = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+)
 
 
 class Receiver(Protocol):
@@ -50,6 +58,10 @@ class Receiver(Protocol):
 
     def on_gone(self, gone: Gone) -> None:
         """A process somewhere has failed."""
+        ...
+
+    def on_back(self, peer: PeerRef) -> None:
+        """It runs again."""
         ...
 
 
@@ -102,14 +114,12 @@ class Inbox:
         self,
         reactor: Reactor,
         limits: Limits,
-        node: str,
         incarnation: int,
         receiver: Receiver,
         security: ServerSecurity | None,
     ) -> None:
         self._reactor = reactor
         self._limits = limits
-        self._node = node
         self._incarnation = incarnation
         self._receiver = receiver
         self._by_identity: dict[bytes, Session] = {}
@@ -129,8 +139,10 @@ class Inbox:
         )
         for option, value in options:
             socket.setsockopt(option, value)
+        self._monitor: Monitor | None = None
         if security is not None:
             security.secure_server(socket)
+            self._monitor = Monitor(reactor, socket, sum(_REFUSALS), self._count_refusal)
         self._socket: Any = socket
         self.fd = int(socket.getsockopt(zmq.FD))
         self.address = ""
@@ -172,6 +184,8 @@ class Inbox:
             self._receiver.on_cancel(session, message.id)
         elif isinstance(message, Gone):
             self._receiver.on_gone(message)
+        elif isinstance(message, Back):
+            self._receiver.on_back(message.peer)
         else:
             self._refuse(identity, session, f"{type(message).__name__} is not for an inbox")
 
@@ -181,9 +195,12 @@ class Inbox:
             return
         session.last_id = call.id
         session.num_unfinished += 1
+        if session.num_unfinished > self._limits.credit_messages:
+            # A peer that overdraws its credit is not ours or is broken.
+            session.fault(call.id, _refusal(f"{call.endpoint}: {self._limits.credit_messages} calls are unfinished"))
+            return
         if len(parts) - 2 > self._limits.frames:
-            text = f"{call.endpoint}: more than {self._limits.frames} frames"
-            session.fault(call.id, ErrorNote("refused", "vtriune.transport.errors.MessageRefused", text, ""))
+            session.fault(call.id, _refusal(f"{call.endpoint}: more than {self._limits.frames} frames"))
             return
         self._receiver.on_call(session, call, parts[2:])
 
@@ -201,7 +218,7 @@ class Inbox:
         session.identity = identity
         self._by_identity[identity] = session
         credit = self._limits.credit_messages, self._limits.credit_bytes
-        welcome = Welcome(wire.PROTOCOL, self._node, self._incarnation, session.last_id, *credit)
+        welcome = Welcome(wire.PROTOCOL, os.getpid(), self._incarnation, session.last_id, *credit)
         self.send(session, wire.encode(welcome), (), num_answered=0)
 
     def _refuse(self, identity: bytes, session: Session | None, reason: str) -> None:
@@ -209,7 +226,7 @@ class Inbox:
         self.num_refused += 1
         if session is None:
             with contextlib.suppress(zmq.ZMQError):
-                self._socket.send_multipart([identity, wire.encode(Refused(reason))], zmq.NOBLOCK)
+                send(self._socket, (identity, wire.encode(Refused(reason))))
 
     def send(self, session: Session, header: bytes, frames: Sequence[Any], num_answered: int = 1) -> None:
         """Send to a peer. An answer to a peer that is gone has no reader and is dropped."""
@@ -218,11 +235,12 @@ class Inbox:
             if self._socket.closed:
                 return
             try:
-                self._socket.send_multipart([session.identity, header, *frames], zmq.NOBLOCK, copy=not frames)
+                send(self._socket, (session.identity, header), frames)
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-            if has_input(self._socket):
+            # With more calls to answer, one look at the next drain serves many sends.
+            if session.num_unfinished > 0 or has_input(self._socket):
                 self._reactor.mark_ready(self)
 
     def done_soon(self, session: Session, call_id: int) -> None:
@@ -249,7 +267,16 @@ class Inbox:
                 self._by_identity.pop(session.identity, None)
                 self._undone.pop(session, None)
 
+    def _count_refusal(self, event: int) -> None:
+        self.num_refused += 1
+
     def close(self) -> None:
         """Stop listening; answers already given are still delivered."""
         self._reactor.unregister(self)
+        if self._monitor is not None:
+            self._monitor.close()
         self._socket.close()
+
+
+def _refusal(text: str) -> ErrorNote:
+    return ErrorNote("refused", "vtriune.transport.errors.MessageRefused", text, "")

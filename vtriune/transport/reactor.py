@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 import zmq
 
-_POLLIN = int(zmq.POLLIN)
 _RECHECK_S = 0.25
 
 
@@ -239,30 +238,3 @@ class Reactor:
         self.context.destroy(linger=0)
         self._epoll.close()
         os.close(self._wake_fd)
-
-
-def receive(socket: Any, num_head: int, max_frames: int) -> list[Any] | None:
-    """One whole message without blocking, or None when there is none.
-
-    The first `num_head` parts come as bytes, the rest as zero-copy frames. Parts beyond `max_frames` are read and
-    dropped; the extra one that is kept tells the caller that the limit was passed.
-    """
-    if not socket.getsockopt(zmq.EVENTS) & _POLLIN:
-        return None
-    parts: list[Any] = []
-    while True:
-        if len(parts) < num_head:
-            parts.append(socket.recv(zmq.NOBLOCK))
-            if not socket.getsockopt(zmq.RCVMORE):
-                return parts
-        else:
-            frame = socket.recv(zmq.NOBLOCK, copy=False)
-            if len(parts) <= num_head + max_frames:
-                parts.append(frame)
-            if not frame.more:
-                return parts
-
-
-def has_input(socket: Any) -> bool:
-    """Whether a message waits. Ask after every send: sending may consume the edge that would have said so."""
-    return bool(socket.getsockopt(zmq.EVENTS) & _POLLIN)

@@ -66,6 +66,7 @@ class FailureNote(msgspec.Struct, frozen=True, array_like=True):
     detail: _Text = ""
     log_tail: tuple[_Text, ...] = ()
     stacks: _Text = ""
+    is_restarting: bool = False
 
 
 class ErrorNote(msgspec.Struct, frozen=True, array_like=True):
@@ -86,10 +87,11 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Answer to Hello: the receiver's name, incarnation, and the credit it grants."""
+    """Answer to Hello: the receiver's process, how often it has been restarted, the last call it has had from this
+    link, and the credit it grants."""
 
     protocol: int
-    node: _Name
+    pid: int
     incarnation: _Id
     last_id: _Id
     credit_messages: int
@@ -155,7 +157,13 @@ class Gone(msgspec.Struct, frozen=True, array_like=True, tag=9):
     restarting: bool = False
 
 
-Message: TypeAlias = Hello | Welcome | Refused | Call | Reply | Fault | Done | Cancel | Gone
+class Back(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """A process that had gone runs again, perhaps at another address."""
+
+    peer: PeerRef
+
+
+Message: TypeAlias = Hello | Welcome | Refused | Call | Reply | Fault | Done | Cancel | Gone | Back
 
 encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode

@@ -1,0 +1,304 @@
+"""Death, freezing, restart and shutdown of processes: noticed at once, told once, to whom it concerns."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.runtime.actors import Echo, Owner, Relay
+from vtriune.runtime import (
+    ConnectionLost,
+    DeadlineExceeded,
+    MeshFailure,
+    ProgressWatchdog,
+    RestartPolicy,
+    Stall,
+    this_host,
+    watcher,
+)
+from vtriune.runtime.node import this_node
+
+WAIT_S = 30.0
+ROOT = Path(__file__).parents[2]
+
+
+def eventually(condition: Callable[[], bool], what: str, within_s: float = WAIT_S) -> None:
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {within_s} s: {what}"
+        time.sleep(0.02)
+
+
+def test_kill_9_fails_pending_and_later_calls_at_once_naming_the_rank() -> None:
+    failures: queue.Queue[MeshFailure] = queue.Queue()
+    procs = this_host().spawn_procs(per_host={"procs": 2}, name="victims", on_failure=failures.put)
+    echo = procs.spawn("echo", Echo)
+    pid = echo.slice(procs=1).where.call_one().get(timeout=WAIT_S)[2]
+    pending = echo.slice(procs=1).nap.call_one(600.0)
+    start = time.perf_counter()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(MeshFailure, match=rf"victims rank 1 \(host .*, pid {pid}\) was killed by SIGKILL"):
+        pending.get(timeout=WAIT_S)
+    assert time.perf_counter() - start < 2.0
+    with pytest.raises(MeshFailure, match="victims rank 1"):
+        echo.ping.call(1).get(timeout=WAIT_S)
+    assert echo.ping.choose(5).get(timeout=WAIT_S) == 5
+    failure = failures.get(timeout=WAIT_S)
+    assert (failure.mesh_name, failure.rank, failure.pid) == ("victims", 1, pid)
+    assert (failure.cause, failure.signal, failure.exit_code) == ("signal", signal.SIGKILL, None)
+    assert procs.failure().get(timeout=WAIT_S) is failure
+    procs.stop().get(timeout=WAIT_S)
+    assert failures.empty()
+
+
+def test_an_exit_reports_its_code_and_last_log_lines(tmp_path: Path) -> None:
+    failures: queue.Queue[MeshFailure] = queue.Queue()
+    procs = this_host().spawn_procs(name="leaver", log_folder=tmp_path, on_failure=failures.put)
+    echo = procs.spawn("echo", Echo)
+    with pytest.raises(MeshFailure, match="ended with exit code 7"):
+        echo.leave.call_one(7).get(timeout=WAIT_S)
+    failure = failures.get(timeout=WAIT_S)
+    assert failure.exit_code == 7
+    assert failure.log_tail[-1] == "last words"
+    assert "last words" in failure.report()
+    assert (tmp_path / "leaver-0.log").read_text().endswith("last words\n")
+    procs.stop().get(timeout=WAIT_S)
+
+
+def test_a_stopped_process_is_told_apart_from_a_dead_one() -> None:
+    failures: queue.Queue[MeshFailure] = queue.Queue()
+    procs = this_host().spawn_procs(name="frozen", on_failure=failures.put, frozen_after_s=1.0)
+    echo = procs.spawn("echo", Echo)
+    pid = echo.where.call_one().get(timeout=WAIT_S)[2]
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(MeshFailure, match=r"frozen rank 0 .* is frozen: stopped by a signal"):
+        echo.ping.call_one(1).get(timeout=WAIT_S)
+    assert failures.get(timeout=WAIT_S).cause == "frozen"
+    assert not psutil.pid_exists(pid)
+    procs.stop().get(timeout=WAIT_S)
+
+
+def test_a_busy_process_is_not_taken_for_a_frozen_one() -> None:
+    procs = this_host().spawn_procs(name="busy", on_failure=print, frozen_after_s=0.5)
+    echo = procs.spawn("echo", Echo)
+    assert echo.hog.call_one(2.0).get(timeout=WAIT_S) == "let go"
+    procs.stop().get(timeout=WAIT_S)
+
+
+def test_a_kill_for_memory_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: queue.Queue[MeshFailure] = queue.Queue()
+    procs = this_host().spawn_procs(name="greedy", on_failure=failures.put)
+    echo = procs.spawn("echo", Echo)
+    pid = echo.where.call_one().get(timeout=WAIT_S)[2]
+    before = watcher.oom_kills()
+    monkeypatch.setattr(watcher, "oom_kills", lambda: before + 1)
+    os.kill(pid, signal.SIGKILL)
+    assert failures.get(timeout=WAIT_S).cause == "oom"
+    procs.stop().get(timeout=WAIT_S)
+
+
+def test_a_process_that_cannot_start_is_an_error_of_spawn_procs(tmp_path: Path) -> None:
+    with pytest.raises(MeshFailure, match="did not start"):
+        this_host().spawn_procs(name="stillborn", env={"PYTHONHOME": "/nowhere"}, log_folder=tmp_path)
+
+
+def test_an_owner_actor_supervises_what_it_spawned_and_handles_it() -> None:
+    failures: queue.Queue[MeshFailure] = queue.Queue()
+    procs = this_host().spawn_procs(name="owners", on_failure=failures.put)
+    owner = procs.spawn("owner", Owner, True)
+    assert owner.greet.call_one("x").get(timeout=WAIT_S) == "grand x"
+    assert "grandchild rank 0" in owner.kill_child.call_one().get(timeout=WAIT_S)
+    eventually(lambda: len(owner.failures.call_one().get(timeout=WAIT_S)) == 1, "__supervise__ is called")
+    assert "was killed by SIGKILL" in owner.failures.call_one().get(timeout=WAIT_S)[0]
+    procs.stop().get(timeout=WAIT_S)
+    assert failures.empty()
+
+
+def test_what_an_owner_does_not_handle_passes_to_its_own_owner() -> None:
+    failures: queue.Queue[MeshFailure] = queue.Queue()
+    procs = this_host().spawn_procs(name="owners", on_failure=failures.put)
+    owner = procs.spawn("owner", Owner, False)
+    owner.kill_child.call_one().get(timeout=WAIT_S)
+    failure = failures.get(timeout=WAIT_S)
+    assert (failure.mesh_name, failure.cause) == ("grandchild", "signal")
+    procs.stop().get(timeout=WAIT_S)
+
+
+def test_an_exception_in_a_broadcast_reaches_the_owner() -> None:
+    failures: queue.Queue[MeshFailure] = queue.Queue()
+    procs = this_host().spawn_procs(name="casters", on_failure=failures.put)
+    echo = procs.spawn("echo", Echo)
+    echo.fail.broadcast("nobody listens")
+    failure = failures.get(timeout=WAIT_S)
+    assert failure.cause == "exception"
+    assert "ValueError: nobody listens" in str(failure)
+    assert "raise ValueError(text)" in failure.report()
+    assert echo.ping.call_one(1).get(timeout=WAIT_S) == 1
+    procs.stop().get(timeout=WAIT_S)
+
+
+def test_a_mesh_that_asks_for_it_is_restarted_and_references_to_it_stay_valid() -> None:
+    failures: queue.Queue[MeshFailure] = queue.Queue()
+    policy = RestartPolicy(num_restarts=1, backoff_s=0.1)
+    phoenix = this_host().spawn_procs(per_host={"procs": 2}, name="phoenix", restart=policy, on_failure=failures.put)
+    others = this_host().spawn_procs(name="others", on_failure=print)
+    echo = phoenix.spawn("echo", Echo, "again")
+    relay = others.spawn("relay", Relay, echo.slice(procs=0))
+    assert relay.ask.call_one("a").get(timeout=WAIT_S) == "again a"
+    pid = phoenix.peers[0].pid
+    os.kill(pid, signal.SIGKILL)
+    first = failures.get(timeout=WAIT_S)
+    assert first.is_restarting
+    assert "is being restarted" in str(first)
+
+    def asks() -> bool:
+        try:
+            return relay.ask.call_one("b").get(timeout=WAIT_S) == "again b"
+        except Exception as error:
+            assert "phoenix rank 0" in str(error)  # noqa: PT017 - until it is back, every call says who is away
+            return False
+
+    eventually(asks, "the reference in another actor works again")
+    assert echo.where.call().get(timeout=WAIT_S).rank_value(0)[2] == phoenix.peers[0].pid != pid
+    assert not phoenix.failure().done()
+    os.kill(phoenix.peers[0].pid, signal.SIGKILL)
+    assert not failures.get(timeout=WAIT_S).is_restarting
+    assert phoenix.failure().get(timeout=WAIT_S).rank == 0
+    for procs in (phoenix, others):
+        procs.stop().get(timeout=WAIT_S)
+
+
+def test_a_dropped_connection_fails_calls_in_flight_and_repeats_no_broadcast() -> None:
+    procs = this_host().spawn_procs(name="dropped", on_failure=print)
+    echo = procs.spawn("echo", Echo)
+    echo.ping.call_one(0).get(timeout=WAIT_S)
+    link = this_node().link(procs.peers[0])
+    expected: list[int] = []
+    for round_ in range(5):
+        pending = echo.nap.call_one(600.0)
+        for mark in range(round_ * 100, round_ * 100 + 100):
+            echo.note.broadcast(mark)
+            expected.append(mark)
+        link.drop()
+        with pytest.raises(ConnectionLost, match=r"dropped rank 0 .* broke during echo\.nap"):
+            pending.get(timeout=WAIT_S)
+    assert echo.marks.call_one().get(timeout=WAIT_S) == expected
+    procs.stop().get(timeout=WAIT_S)
+
+
+def test_a_deadline_holds_while_the_callee_is_stopped() -> None:
+    procs = this_host().spawn_procs(name="late", on_failure=print)
+    echo = procs.spawn("echo", Echo)
+    pid = echo.where.call_one().get(timeout=WAIT_S)[2]
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(DeadlineExceeded, match=r"echo\.ping took over 0\.5 s at late rank 0"):
+        echo.ping.within(0.5).call_one(1).get(timeout=WAIT_S)
+    os.kill(pid, signal.SIGCONT)
+    assert echo.ping.call_one(2).get(timeout=WAIT_S) == 2
+    procs.stop().get(timeout=WAIT_S)
+
+
+def test_a_stall_report_shows_the_stacks_of_every_process_and_fills_their_logs(tmp_path: Path) -> None:
+    stalls: queue.Queue[Stall] = queue.Queue()
+    procs = this_host().spawn_procs(per_host={"procs": 2}, name="stuck", log_folder=tmp_path, on_failure=print)
+    echo = procs.spawn("echo", Echo)
+    blocked = echo.slice(procs=1).block.call_one(3.0)
+    echo.slice(procs=0).ping.call_one(1).get(timeout=WAIT_S)
+    dog = ProgressWatchdog(0.5, stalls.put)
+    report = stalls.get(timeout=WAIT_S).report()
+    dog.close()
+    assert "== root" in report
+    assert "== vtriune stuck-0" in report
+    assert "== vtriune stuck-1" in report
+    assert "in block" in report
+    assert "in block" in (tmp_path / "stuck-1.log").read_text()
+    assert "actor-echo" in procs.stacks().get(timeout=WAIT_S).rank_value(0)
+    blocked.get(timeout=WAIT_S)
+    procs.stop().get(timeout=WAIT_S)
+
+
+SCRIPT = """
+    import os, signal, sys, time
+    from vtriune.runtime import Actor, endpoint, this_host
+    from tests.runtime.actors import Owner
+    from vtriune.runtime.node import this_node
+
+    class Here(Actor):
+        @endpoint
+        async def pid(self) -> int:
+            return os.getpid()
+
+    if __name__ == "__main__":
+        procs = this_host().spawn_procs(name="mine")
+        owner = procs.spawn("owner", Owner, False)
+        here = procs.spawn("here", Here)
+        pids = [here.pid.call_one().get(), owner.child_pid.call_one().get()]
+        print(this_node().folder, *pids, flush=True)
+        {then}
+"""
+
+
+def run_script(tmp_path: Path, then: str) -> tuple[subprocess.Popen[str], Path, list[int]]:
+    script = tmp_path / "main.py"
+    script.write_text(textwrap.dedent(SCRIPT).format(then=then))
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline().split()
+    assert len(line) == 3, process.communicate()[1]
+    return process, Path(line[0]), [int(pid) for pid in line[1:]]
+
+
+def assert_nothing_left(folder: Path, pids: list[int]) -> None:
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), "children have ended")
+    eventually(lambda: not folder.exists(), "the socket folder is gone")
+
+
+def test_kill_9_of_the_root_ends_children_and_grandchildren_and_leaves_no_socket(tmp_path: Path) -> None:
+    process, folder, pids = run_script(tmp_path, "time.sleep(600)")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    process.kill()
+    process.communicate()
+    assert_nothing_left(folder, pids)
+
+
+def test_a_script_that_just_ends_leaves_nothing_behind(tmp_path: Path) -> None:
+    process, folder, pids = run_script(tmp_path, "sys.exit(3)")
+    assert process.wait(timeout=WAIT_S) == 3
+    process.communicate()
+    assert_nothing_left(folder, pids)
+
+
+def test_an_unhandled_failure_ends_the_run_with_one_report(tmp_path: Path) -> None:
+    process, folder, pids = run_script(tmp_path, "os.kill(pids[0], signal.SIGKILL); time.sleep(600)")
+    assert process.wait(timeout=WAIT_S) == 1
+    errors = process.communicate()[1]
+    assert errors.count("MeshFailure: mine rank 0") == 1, errors
+    assert "was killed by SIGKILL" in errors
+    assert_nothing_left(folder, pids)
+
+
+def test_closing_twice_and_starting_anew_works() -> None:
+    before = set(psutil.Process().children(recursive=True))
+    procs = this_host().spawn_procs(name="once", on_failure=print)
+    assert procs.spawn("echo", Echo).ping.call_one(1).get(timeout=WAIT_S) == 1
+    procs.stop().get(timeout=WAIT_S)
+    procs.stop().get(timeout=WAIT_S)
+    left = [child for child in psutil.Process().children(recursive=True) if child not in before]
+    assert [child for child in left if "reaper" not in " ".join(child.cmdline())] == []

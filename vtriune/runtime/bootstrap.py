@@ -1,0 +1,95 @@
+"""What a worker is told before it does anything, and how: length-prefixed messages over an inherited socket.
+
+The socket also carries the worker's readiness and its failure reports to its parent, and by its end of file tells
+either side that the other is gone. Nothing of it shows on a command line or in the environment.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import TypeVar
+
+import msgspec
+
+from vtriune.transport.security import RunKeys
+from vtriune.transport.wire import FailureNote, Limits, PeerRef
+
+CONTROL_FD = "VTRIUNE_CONTROL_FD"
+_MAX_BYTES = 256 << 20
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class SpawnRequest(msgspec.Struct, frozen=True, array_like=True):
+    """Construct an actor: its class by import path, its place, its encoded constructor arguments."""
+
+    actor_id: str
+    name: str
+    class_path: str
+    labels: tuple[str, ...]
+    sizes: tuple[int, ...]
+    rank: int
+    args: bytes
+    frames: tuple[bytes, ...]
+    blobs: tuple[int, ...]
+    num_positional: int
+    names: tuple[str, ...]
+
+
+class Bootstrap(msgspec.Struct, frozen=True):
+    """Who a worker is, where it listens, and the actors it has at birth (those it had before a restart)."""
+
+    mesh: str
+    rank: int
+    node: str
+    address: str
+    folder: str
+    limits: Limits
+    keys: RunKeys | None
+    sys_path: tuple[str, ...]
+    parent_pid: int = 0
+    incarnation: int = 0
+    actors: tuple[SpawnRequest, ...] = ()
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The worker listens."""
+
+    peer: PeerRef
+
+
+class Report(msgspec.Struct, frozen=True, tag=True):
+    """A failure inside the worker that its owner must learn of."""
+
+    note: FailureNote
+
+
+def send(control: socket.socket, message: msgspec.Struct) -> None:
+    """Write one message. Raises OSError when the other side is gone."""
+    body = msgspec.msgpack.encode(message)
+    control.sendall(struct.pack("<I", len(body)) + body)
+
+
+def receive(control: socket.socket) -> bytes | None:
+    """Read one message's bytes; None at end of file."""
+    head = _read(control, 4)
+    if head is None:
+        return None
+    (size,) = struct.unpack("<I", head)
+    if size > _MAX_BYTES:
+        raise ValueError(f"a control message of {size} bytes exceeds {_MAX_BYTES}")
+    return _read(control, size)
+
+
+def _read(control: socket.socket, size: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < size:
+        try:
+            part = control.recv(size - len(parts))
+        except ConnectionResetError:
+            return None
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)
