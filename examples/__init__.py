@@ -1,0 +1,1 @@
+"""Complete runs, one YAML file each, and what they need."""
