@@ -47,6 +47,12 @@ class Manifest(msgspec.Struct, frozen=True):
     format: int
     step: int
     files: dict[str, FileEntry]
+    seal: str
+    """sha256 over the three above: a damaged manifest accuses itself, not the files"""
+
+    def sealed(self) -> str:
+        """What `seal` must be."""
+        return hashlib.sha256(msgspec.json.encode((self.format, self.step, sorted(self.files.items())))).hexdigest()
 
 
 def stage(folder: str | Path, step: int) -> Path:
@@ -80,7 +86,9 @@ def commit(staging: str | Path) -> Path:
         entries = threads.map(_sealed, files)
         listed = {path.relative_to(staging).as_posix(): entry for path, entry in zip(files, entries, strict=True)}
     manifest = staging / MANIFEST
-    manifest.write_bytes(msgspec.json.format(msgspec.json.encode(Manifest(_FORMAT, step, listed))))
+    content = Manifest(_FORMAT, step, listed, "")
+    content = msgspec.structs.replace(content, seal=content.sealed())
+    manifest.write_bytes(msgspec.json.format(msgspec.json.encode(content)))
     _sync(manifest)
     for inner in sorted((path for path in staging.rglob("*") if path.is_dir()), reverse=True):
         _sync(inner)
@@ -107,6 +115,8 @@ def problems(checkpoint: str | Path) -> list[str]:
         return [f"{checkpoint / MANIFEST} is missing"]
     except (OSError, ValueError) as error:
         return [f"{checkpoint / MANIFEST} is damaged ({error})"]
+    if manifest.seal != manifest.sealed():
+        return [f"{checkpoint / MANIFEST} differs from its seal"]
     if manifest.format != _FORMAT or f"step-{manifest.step}" != checkpoint.name:
         return [f"{checkpoint / MANIFEST} is of format {manifest.format} and step {manifest.step}"]
     unlisted = {path.relative_to(checkpoint).as_posix() for path in _files_below(checkpoint)} - {
