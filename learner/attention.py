@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers import AttentionInterface
 
 from learner.packing import Pack
+from vtriune.torchvision_schemas import define_missing_schemas
 
 CPU = "vtriune_cpu"
 FLEX = "vtriune_flex"
@@ -154,7 +154,10 @@ def _buckets(spans: np.ndarray) -> list[np.ndarray]:
 
 
 def register() -> None:
-    """Add both kernels to transformers' attention table, once per process."""
+    """Add both kernels to transformers' attention table; idempotent."""
+    define_missing_schemas()
+    from transformers import AttentionInterface
+
     AttentionInterface.register(CPU, _cpu_interface)
     AttentionInterface.register(FLEX, _flex_interface)
 

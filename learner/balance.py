@@ -97,5 +97,5 @@ def _spread(works: Sequence[_Work], num_places: int) -> list[list[_Work]]:
 
 
 def _num_bins(works: Sequence[_Work], token_budget: int) -> int:
-    """A lower bound of the micro-batches that `works` need."""
-    return -(-sum(work.num_rows for work in works) // token_budget)
+    """A lower bound of the micro-batches that `works` need: as many as there are, when each is above the budget."""
+    return min(len(works), -(-sum(work.num_rows for work in works) // token_budget))

@@ -45,6 +45,10 @@ def load_model(section: Model, device: torch.device) -> tuple[nn.Module, Family]
     model.train()
     if section.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if section.compile:
+        # In place: parameter names and FSDP's hooks stay. Packs differ in length, hence dynamic shapes.
+        for block in family.decoder(model).layers:  # type: ignore[union-attr]
+            block.compile(dynamic=True)
     return model, family
 
 
