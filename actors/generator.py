@@ -108,8 +108,9 @@ class Generator(Actor):
         return self._engine
 
     def _build(self) -> "Engine":
-        from actors.engine import Engine
+        from actors.engine import Engine, environment
 
+        environment.settle(self._config.cluster.generators)
         data, path = self._config.data, self._config.model.path
         preprocessor = Preprocessor(path, data.min_pixels, data.max_pixels, data.max_prompt_tokens)
         return Engine(self._config, preprocessor, StoreSet.open(self._store_folders), self._rank)

@@ -11,7 +11,8 @@ This folder is the only place that imports vllm, and importing it does not: `Eng
     transfer     vLLM's weight-transfer API over our weight group
 """
 
+from actors.engine import environment
 from actors.engine.engine import Engine
 from actors.engine.loop import EngineBroken, EngineError
 
-__all__ = ["Engine", "EngineBroken", "EngineError"]
+__all__ = ["Engine", "EngineBroken", "EngineError", "environment"]

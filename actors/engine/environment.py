@@ -3,7 +3,6 @@
 Called once by the engine, in the generator's own process.
 """
 
-import importlib.util
 import os
 import sys
 
@@ -27,12 +26,18 @@ _DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP
 
 _UNUSED = ("sklearn",)
 """Optional packages transformers imports where it finds them, for features no engine uses: seconds of start-up."""
-_NEED_LIBRARIES = ("torchaudio", "torchcodec")
-"""Optional packages whose compiled halves may not load beside a CPU build of torch, and which vLLM imports unguarded."""
+
+_is_settled = False
 
 
 def settle(generators: Generators) -> None:
-    """Set vLLM's environment for this configuration. Raises RuntimeError when vllm is already imported."""
+    """Set vLLM's environment for this configuration; once per process, best before transformers is imported.
+
+    Raises RuntimeError when vllm is already imported.
+    """
+    global _is_settled
+    if _is_settled:
+        return
     if "vllm" in sys.modules:
         raise RuntimeError("vllm was imported before its environment was set; only actors/engine may import it")
     os.environ.update(_ALWAYS)
@@ -41,25 +46,9 @@ def settle(generators: Generators) -> None:
         os.environ["OMP_NUM_THREADS"] = str(generators.threads)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    for package in _UNUSED:
-        _hide(package)
-    for package in _NEED_LIBRARIES:
-        _hide_unloadable(package)
+    if "transformers" not in sys.modules:
+        # It remembers what it has found: hidden later, a package would be imported all the same, and fail.
+        for package in _UNUSED:
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]
     define_missing_schemas()
-
-
-def _hide(package: str) -> None:
-    """Make `find_spec(package)` answer None, unless somebody uses the package here already."""
-    if package not in sys.modules:
-        sys.modules[package] = None  # type: ignore[assignment]
-
-
-def _hide_unloadable(package: str) -> None:
-    if package in sys.modules or importlib.util.find_spec(package) is None:
-        return
-    try:
-        importlib.import_module(package)
-    except (OSError, RuntimeError):
-        for name in [name for name in sys.modules if name.split(".")[0] == package]:
-            del sys.modules[name]
-        _hide(package)
+    _is_settled = True
