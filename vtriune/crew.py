@@ -118,7 +118,7 @@ class Crew:
         self.verifiers = verifiers.spawn(
             "verifiers", roles.verifier_pool, self._config, folders, self.learner, self.recorder
         )
-        await asyncio.gather(self.fleet.start(), self._ready_learner(), _ready(self.verifiers), _ready(self.recorder))
+        await asyncio.gather(self.fleet.start(), self._ready_learner(), _ready(self.verifiers), self.recorder.initialized)
         self._say(f"generators, verifiers, learner and recorder are ready after {time.monotonic() - started:.0f} s")
 
     async def _ready_learner(self) -> None:

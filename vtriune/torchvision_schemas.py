@@ -53,7 +53,7 @@ def _hide_unloadable(package: str) -> None:
         return
     try:
         importlib.import_module(package)
-    except OSError:
+    except (OSError, RuntimeError):
         for name in [name for name in sys.modules if name.split(".")[0] == package]:
             del sys.modules[name]
         sys.modules[package] = None  # type: ignore[assignment]
