@@ -18,7 +18,7 @@ from verifiers.tags import tagged_text
 MAX_COORDINATE = 1e9
 _BOXED = re.compile(r"\\boxed\s*\{(.*)\}", re.DOTALL)
 # Digits are ASCII: look-alikes of other scripts are not numbers here.
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])", re.ASCII)
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w|\.\d)", re.ASCII)
 _UNSIGNED = re.compile(r"(?:(\d+):)?(?:(\d+):)?(\d+(?:\.\d+)?)", re.ASCII)
 _FENCE = re.compile(r"^```[a-zA-Z]*\s*|\s*```$")
 _WORDS = [

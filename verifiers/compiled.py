@@ -1,26 +1,49 @@
 """The one way kernels are compiled here: numba, without the GIL, cached on disk, signature stated.
 
-A kernel takes flat arrays of many samples at once and holds no Python object. Importing this module imports numba
-(about half a second), so only kernels do, and kernels are imported at the first score that needs them.
+A kernel takes flat arrays of many samples at once and holds no Python object. Importing this module imports numba (about half a
+second), so only kernels do, and kernels are imported at the first score that needs them.
+
+numba's own cache looks at a kernel's file only, not at the kernels it calls in other files: a change there would go unnoticed.
+The cache therefore lies in a folder named after the text of all kernel files, under the user's cache folder.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
 
 F = TypeVar("F", bound=Callable[..., Any])
+KERNEL_FILES = ("average_precision.py", "compiled.py", "detection_kernel.py", "iou.py", "matching.py")
 
 
-def compiled(signature: str | None = None, *, inline: bool = False) -> Callable[[F], F]:
+@cache
+def cache_folder() -> Path:
+    """Where this version of the kernels is cached: below NUMBA_CACHE_DIR if that is set, else below the user's cache folder."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for name in KERNEL_FILES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    base = numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "vtriune" / f"kernels-{digest.hexdigest()[:16]}"
+
+
+def compiled(signature: str) -> Callable[[F], F]:
     """Compile a kernel for one signature (numba's notation) when its module is imported, or load it from the cache.
 
-    Without a signature the function compiles into the kernels that call it. Division by zero follows IEEE 754.
+    Division by zero follows IEEE 754.
     """
-    choices: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
-    if inline:
-        choices["inline"] = "always"
-    decorate = numba.njit(**choices) if signature is None else numba.njit(signature, **choices)
-    return cast("Callable[[F], F]", decorate)
+
+    def decorate(function: F) -> F:
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(cache_folder())
+        try:
+            return cast("F", numba.njit(signature, nogil=True, cache=True, error_model="numpy")(function))
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return decorate

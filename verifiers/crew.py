@@ -22,12 +22,11 @@ import msgspec
 
 from verifiers.nursery import NurseryDied, Worker, WorkerNursery
 from verifiers.pool_metrics import PoolMetrics
-from verifiers.registry import Outcome
+from verifiers.registry import GoldError, JudgeError, Outcome
 from verifiers.types import RewardSpec
-from verifiers.wire import Job, Setup, WireError, encode
+from verifiers.wire import Job, Result, Setup, WireError, encode
 
 PATIENCE_S = 0.15
-MAX_ATTEMPTS = 2
 MAX_NURSERIES = 3
 
 
@@ -35,19 +34,21 @@ class CrewError(RuntimeError):
     """The workers cannot go on; the message says why."""
 
 
-class JudgeError(Exception):
-    """What a verifier raised in a worker, or how its workers ended."""
-
-
 class _Ask:
     """A job on its way, and who waits for it."""
 
     def __init__(self, job: Job, answer: asyncio.Future[Outcome | Exception]) -> None:
-        self.job, self.answer, self.num_attempts = job, answer, 0
+        self.job, self.answer = job, answer
+
+
+def _outcome(result: Result) -> Outcome | Exception:
+    if result.outcome is not None:
+        return result.outcome
+    return GoldError(result.error) if result.is_bad_row else JudgeError(result.error)
 
 
 class Crew:
-    """Workers for `num_workers` jobs at a time, for a retry, and for up to `num_slow` jobs that take long."""
+    """Workers for `num_workers` jobs at a time, and for up to `num_slow` more that take long."""
 
     def __init__(self, num_workers: int, num_slow: int, setup: Setup, deadline_s: float, metrics: PoolMetrics) -> None:
         self._num_workers, self._num_slow = num_workers, num_slow
@@ -61,6 +62,7 @@ class Crew:
         self._ready: asyncio.Queue[Worker] = asyncio.Queue()
         self._workers: set[Worker] = set()
         self._num_detached = 0
+        self._retry_slots = asyncio.Semaphore(max(1, num_slow))
         self._tasks: set[asyncio.Task[None]] = set()
         self._asks: set[_Ask] = set()
         self._failure: BaseException | None = None
@@ -71,14 +73,14 @@ class Crew:
         """
         try:
             await self._renew_nursery()
-            for _ in range(self._num_workers + 1):
+            for _ in range(self._num_workers):
                 await self._add_worker()
         except BaseException:
             await self.close()
             raise
         for _ in range(self._num_workers):
-            self._watch(self._run_lane(self._first))
-        self._watch(self._run_lane(self._again))
+            self._watch(self._run_lane())
+        self._watch(self._run_retries())
 
     async def score(self, response: str, spec: RewardSpec, progress: float | None) -> Outcome | Exception:
         """The outcome of one response, or the exception to report as its fault. CrewError where the crew has failed."""
@@ -118,19 +120,37 @@ class Crew:
         self._workers.clear()
         await self._nursery.close()
 
-    async def _run_lane(self, queue: asyncio.Queue[_Ask]) -> None:
+    async def _run_lane(self) -> None:
         while True:
-            ask = await queue.get()
+            ask = await self._first.get()
             if ask.answer.done():
                 continue
-            attempt = self._watch(self._attempt(ask, await self._ready.get()))
+            worker = await self._ready.get()
+            while worker.reader.at_eof():
+                await self._retire(worker, was_slow=False)
+                worker = await self._ready.get()
+            attempt = self._watch(self._attempt(ask, worker, is_first=True))
             await asyncio.wait({attempt}, timeout=PATIENCE_S)
 
-    async def _attempt(self, ask: _Ask, worker: Worker) -> None:
+    async def _run_retries(self) -> None:
+        while True:
+            ask = await self._again.get()
+            await self._retry_slots.acquire()
+            self._watch(self._retry(ask))
+
+    async def _retry(self, ask: _Ask) -> None:
+        try:
+            worker = await self._fork()
+            worker.yield_cpu()
+            await self._attempt(ask, worker, is_first=False)
+        finally:
+            self._retry_slots.release()
+
+    async def _attempt(self, ask: _Ask, worker: Worker, is_first: bool) -> None:
         """One job on one worker. Afterwards the worker is ready again, or ended and, where needed, replaced."""
-        ask.num_attempts += 1
-        detach = asyncio.get_running_loop().call_later(PATIENCE_S, self._detach, worker)
-        failure = ""
+        loop = asyncio.get_running_loop()
+        detach = loop.call_later(PATIENCE_S, self._detach, worker) if is_first else None
+        failure, result = "", None
         try:
             async with asyncio.timeout(self._deadline_s):
                 result = await worker.ask(ask.job)
@@ -138,22 +158,23 @@ class Crew:
             failure = f"no answer within rewards.deadline_s = {self._deadline_s:g} s"
         except (WireError, OSError) as error:
             failure = str(error)
-        was_slow = detach.when() <= asyncio.get_running_loop().time()
-        detach.cancel()
-        if not failure:
+        was_slow = detach is not None and detach.when() <= loop.time()
+        if detach is not None:
+            detach.cancel()
+        if result is not None:
             self._metrics.num_by_workers += 1
-            self._deliver(ask, result.outcome if result.outcome is not None else JudgeError(result.error))
-            if not was_slow:
+            self._deliver(ask, _outcome(result))
+            if is_first and not was_slow and not result.is_spent:
                 self._ready.put_nowait(worker)
                 return
-        failure = await self._retire(worker, was_slow) or failure
+        how = await (self._retire(worker, was_slow) if is_first else self._end(worker))
         if ask.answer.done():
             return
-        if ask.num_attempts < MAX_ATTEMPTS:
+        if is_first:
             self._metrics.num_retries += 1
             self._again.put_nowait(ask)
         else:
-            self._deliver(ask, JudgeError(f"{failure} ({MAX_ATTEMPTS} attempts)"))
+            self._deliver(ask, JudgeError(f"{how or failure} (second attempt)"))
 
     def _detach(self, worker: Worker) -> None:
         """A slow job keeps its worker; the lane gets another, while the limit allows."""
@@ -164,13 +185,17 @@ class Crew:
 
     async def _retire(self, worker: Worker, was_slow: bool) -> str:
         """End a worker; how it had ended, if by itself. It is replaced unless that happened when it became slow."""
-        how = await self._nursery.end(worker)
-        self._workers.discard(worker)
-        self._metrics.num_restarts += 1
+        how = await self._end(worker)
         is_replaced = was_slow and self._num_detached <= self._num_slow
         self._num_detached -= was_slow
         if not is_replaced:
             await self._add_worker()
+        return how
+
+    async def _end(self, worker: Worker) -> str:
+        how = await self._nursery.end(worker)
+        self._workers.discard(worker)
+        self._metrics.num_restarts += 1
         return how
 
     def _deliver(self, ask: _Ask, outcome: Outcome | Exception) -> None:
@@ -178,6 +203,9 @@ class Crew:
             ask.answer.set_result(outcome)
 
     async def _add_worker(self) -> None:
+        self._ready.put_nowait(await self._fork())
+
+    async def _fork(self) -> Worker:
         while True:
             nursery = self._nursery
             try:
@@ -186,7 +214,7 @@ class Crew:
             except NurseryDied as error:
                 await self._renew_nursery(nursery, error)
         self._workers.add(worker)
-        self._ready.put_nowait(worker)
+        return worker
 
     async def _renew_nursery(self, broken: WorkerNursery | None = None, cause: Exception | None = None) -> None:
         """Start the nursery, or another in place of a broken one; its workers ended with it and are replaced as they

@@ -120,6 +120,8 @@ class MathVerify:
             return Outcome(0.0, status="bad_answer", reason=f"brackets nested more than {MAX_NESTING} deep")
         gold, text, tolerance = self.cache_key(task)
         limit_s = context.options.deadline_s
+        # Imported before the clock starts: it can take seconds.
+        _library()
         try:
             with deadline(limit_s):
                 judged = (

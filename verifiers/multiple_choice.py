@@ -10,8 +10,8 @@ from verifiers.answers import AnswerError, final_text
 from verifiers.registry import Context, GoldError, Outcome, verifier
 
 _WRAPPING = " \t\r\n.,:;()[]{}*\"'$"
-# A letter on its own: not part of a word or number, not the article of a phrase ("A dog").
-_ALONE = re.compile(r"(?<![\w'\\])([A-Z])(?![\w'])(?!\s+[a-z])")
+# A letter on its own: not part of a word or number, and not the article of a phrase ("A dog"), though "A or B" names both.
+_ALONE = re.compile(r"(?<![\w'\\])([A-Z])(?![\w'])(?!(?<=[AI])\s+(?!or\b|and\b|nor\b)[a-z])")
 _CLAIMED = re.compile(r"(?:answer|option|choice)\s*(?:is|:)?\s*:?\s*\(?\*{0,2}([A-Za-z])(?![\w'])", re.IGNORECASE)
 _LABELLED = re.compile(r"^\(?\*{0,2}([A-Za-z])\*{0,2}[).:]\s")
 

@@ -7,6 +7,7 @@ Start it in the thread that runs the event loop: the kernel ends the nursery whe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ START_DEADLINE_S = 120.0
 ORDER_DEADLINE_S = 30.0
 STDERR_TAIL_BYTES = 2_000
 SLOW_NICENESS = 10
+LAST_WORDS_S = 2.0
 
 
 class NurseryDied(Exception):
@@ -155,10 +157,18 @@ class WorkerNursery:
             socket.send_fds(control, [encode(order)], files)
             done = receive_blocking(control, Done)
         except (OSError, WireError) as error:
-            raise NurseryDied(f"{error!r}; its last words: {_tail(self._stderr)}") from error
+            raise NurseryDied(f"{error!r}{self._last_words()}") from error
         if done is None:
-            raise NurseryDied(f"it hung up; its last words: {_tail(self._stderr)}")
+            raise NurseryDied(f"it hung up{self._last_words()}")
         return done
+
+    def _last_words(self) -> str:
+        # Its socket closes before its traceback is written.
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(LAST_WORDS_S)
+        words = _tail(self._stderr)
+        return f"; its last words: {words}" if words else ""
 
 
 def _stderr_file() -> IO[bytes]:

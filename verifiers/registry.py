@@ -56,6 +56,10 @@ class GoldError(ValueError):
     """The gold answer cannot be used by this verifier: the sample is bad data, its verdict a fault."""
 
 
+class JudgeError(Exception):
+    """What a verifier raised in a worker process, or how its workers ended; the message is the verdict's reason."""
+
+
 class Context(msgspec.Struct, frozen=True):
     """What a verifier may know beyond its row: the options, and the training progress in [0, 1]."""
 

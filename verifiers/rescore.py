@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
 async def rescore(
     source: Path, target: Path, pool: VerifierPool, names: dict[str, str], progress: Progress
 ) -> Counter[str]:
-    """Score `source` into `target`; counts of verdicts by status. FileError for a missing column or a row without a spec.
+    """Score `source` into `target`; counts of verdicts by status. FileError for a row without a spec.
 
     `names` maps `response`, `spec` and `source` to columns. The target appears when it is complete.
     """
@@ -80,9 +80,6 @@ async def rescore(
     partial = target.with_name(f".{target.name}.partial")
     writer: pq.ParquetWriter | None = None
     with pq.ParquetFile(source) as file:
-        missing = {names["response"], names["spec"]} - set(file.schema_arrow.names)
-        if missing:
-            raise FileError(f"{source}: no column {sorted(missing)}; it has {file.schema_arrow.names}")
         bar = progress.add_task(source.name, total=file.metadata.num_rows)
         try:
             for batch in file.iter_batches(BATCH_ROWS):
@@ -108,10 +105,19 @@ async def rescore(
     return counts
 
 
+def check_columns(source: Path, names: dict[str, str]) -> None:
+    """FileError where the file lacks the column of responses or of specs."""
+    found = pq.read_schema(source).names
+    missing = sorted({names["response"], names["spec"]} - set(found))
+    if missing:
+        raise FileError(f"{source}: no column {missing}; it has {found}")
+
+
 async def run(arguments: argparse.Namespace, options: RewardOptions, console: Console) -> Counter[str]:
     """Start a pool, rescore, close the pool."""
     target = arguments.output or arguments.file.with_suffix(".scored.parquet")
     names = {"response": arguments.response, "spec": arguments.spec, "source": arguments.source}
+    check_columns(arguments.file, names)
     pool = VerifierPool(arguments.workers, options, fault_limit=1.0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:

@@ -11,10 +11,12 @@ from typing import Any
 
 import msgspec
 
-from verifiers.registry import Context, GoldError, Implementation, Outcome, SpecError, Task, find, params_of
+from verifiers.registry import Context, GoldError, Implementation, JudgeError, Outcome, SpecError, Task, find, params_of
 from verifiers.tags import tag_format
 from verifiers.types import RewardOptions, RewardSpec, Verdict, fault
 
+# Begins the reason of a fault that the data must answer for.
+BAD_ROW = "bad row: "
 # A gold answer must reach this through the real path.
 GOLD_ACCURACY = 1.0 - 1e-6
 
@@ -143,13 +145,12 @@ def _read(spec: RewardSpec) -> tuple[Implementation, Any]:
 
 def to_verdict(response: str, spec: RewardSpec, outcome: Outcome | Exception, options: RewardOptions) -> Verdict:
     """R = (a·R_acc + f·R_fmt)/(a + f); an exception is a fault."""
+    if isinstance(outcome, SpecError | GoldError):
+        return fault(f"{BAD_ROW}{outcome}")
+    if isinstance(outcome, JudgeError):
+        return fault(f"{spec.verifier}: {outcome}")
     if isinstance(outcome, Exception):
-        kind = (
-            "bad row"
-            if isinstance(outcome, SpecError | GoldError)
-            else f"{spec.verifier} raised {type(outcome).__name__}"
-        )
-        return fault(f"{kind}: {outcome}")
+        return fault(f"{spec.verifier}: {type(outcome).__name__}: {outcome}")
     accuracy = outcome.accuracy
     form = tag_format(response, options.format) if outcome.format is None else outcome.format
     if not (0.0 <= accuracy <= 1.0 and 0.0 <= form <= 1.0):
@@ -186,7 +187,10 @@ def check_gold(spec: RewardSpec, *, options: RewardOptions | None = None) -> str
         return problem
     implementation, params = _read(spec)
     context = Context(options or _process_options, 1.0)
-    response = implementation.gold_response(spec.gold, params, context)
+    try:
+        response = implementation.gold_response(spec.gold, params, context)
+    except GoldError as error:
+        return str(error)
     verdict = score(response, spec, options=options)
     if verdict.status == "fault":
         return verdict.reason

@@ -26,7 +26,7 @@ from fastapi import FastAPI, Request, Response
 from verifiers.breaker import FaultRateError
 from verifiers.crew import CrewError
 from verifiers.pool import VerifierPool
-from verifiers.scoring import validate_spec
+from verifiers.scoring import BAD_ROW, validate_spec
 from verifiers.types import RewardOptions, RewardSpec, Verdict
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
@@ -171,7 +171,7 @@ def create_app(pool: VerifierPool, token: str | None = None) -> FastAPI:
             raise RequestError(422, "bad_row", problem)
         verdict = (await verdicts([asked.response], [spec], progress, [asked.data_source]))[0]
         if verdict.status == "fault":
-            raise RequestError(422 if verdict.reason.startswith("bad row") else 503, "fault", verdict.reason)
+            raise RequestError(422 if verdict.reason.startswith(BAD_ROW) else 503, "fault", verdict.reason)
         return _answer(released_answer(verdict))
 
     @app.get("/metrics")

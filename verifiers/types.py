@@ -72,7 +72,7 @@ class RewardOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     matching            `greedy` (the paper's) or `optimal` (maximum total IoU, same label rules)
     report              `full` computes every component; `weighted` only what the row weighs, plus IoU at .50
     format              `tags` (paper Eq. 4) or `tags_with_newlines` (the release's stricter rule)
-    fold_case           compare answers and labels in lower case; merges `\\Delta` with `\\delta`
+    fold_case           compare answers and labels in lower case; without it math-verify still reads most letters so
     numeric_tolerance   relative error up to which mathverify accepts a number; 0 is math-verify's own rule
     frame               coordinate frame of predicted boxes where the row names none
     python_allow        import paths `module:function` that rows may name under the verifier `python`

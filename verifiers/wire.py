@@ -65,11 +65,16 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """Worker → pool: the outcome of a job, or what the verifier raised."""
+    """Worker → pool: the outcome of a job, or what the verifier raised; `is_bad_row` where it blames row or gold answer.
+
+    `is_spent`: the worker is not to be used again.
+    """
 
     number: int
     outcome: Outcome | None
     error: str = ""
+    is_bad_row: bool = False
+    is_spent: bool = False
 
 
 def encode(message: msgspec.Struct) -> bytes:

@@ -24,7 +24,7 @@ from typing import NoReturn
 
 import msgspec
 
-from verifiers.registry import Context, Task, find, params_of
+from verifiers.registry import Context, GoldError, SpecError, Task, find, params_of
 from verifiers.scoring import configure
 from verifiers.types import RewardOptions, RewardSpec
 from verifiers.wire import Done, End, Job, Result, Setup, WireError, encode, receive_blocking, receive_with_files
@@ -70,9 +70,20 @@ def answer(job: Job, options: RewardOptions) -> Result:
     outcome = implementation.score_batch([Task(job.response, job.spec.gold, params, context)])[0]
     if isinstance(outcome, MemoryError):
         raise outcome
+    if isinstance(outcome, SpecError | GoldError):
+        return Result(job.number, None, str(outcome)[:2_000], is_bad_row=True)
     if isinstance(outcome, Exception):
         return Result(job.number, None, f"{type(outcome).__name__}: {outcome}"[:2_000])
     return Result(job.number, outcome)
+
+
+def has_children() -> bool:
+    """Whether this process has children, running or not collected."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def work(connection: socket.socket, options: RewardOptions) -> int:
@@ -83,12 +94,13 @@ def work(connection: socket.socket, options: RewardOptions) -> int:
         if job is None:
             return 0
         try:
-            frame = encode(answer(job, options))
+            result = answer(job, options)
         except MemoryError:
             return EXIT_OUT_OF_MEMORY
         if os.getpid() != own_pid:
             os._exit(0)
-        connection.sendall(frame)
+        # A job that left processes behind: the pool ends them with this worker.
+        connection.sendall(encode(msgspec.structs.replace(result, is_spent=True) if has_children() else result))
 
 
 class Nursery:

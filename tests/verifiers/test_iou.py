@@ -9,10 +9,10 @@ from shapely.geometry import box as rectangle
 
 from verifiers.iou import pairwise_giou, pairwise_iou
 
-corner = st.floats(-1e4, 1e4, width=32)
-boxes = st.lists(
-    st.tuples(corner, corner, st.floats(0, 1e3, width=32), st.floats(0, 1e3, width=32)), min_size=1, max_size=6
-)
+# Quarter pixels: x + width is exact, so both layouts mean the same box.
+corner = st.integers(-40_000, 40_000).map(lambda quarter: quarter / 4)
+extent = st.integers(0, 4_000).map(lambda quarter: quarter / 4)
+boxes = st.lists(st.tuples(corner, corner, extent, extent), min_size=1, max_size=6)
 
 
 def xyxy(boxes_xywh: list[tuple[float, ...]]) -> np.ndarray:
@@ -23,7 +23,7 @@ def xyxy(boxes_xywh: list[tuple[float, ...]]) -> np.ndarray:
 @given(boxes, boxes)
 def test_iou_equals_pycocotools(a_xywh, b_xywh) -> None:
     expected = mask.iou(np.array(a_xywh), np.array(b_xywh), [0] * len(b_xywh))
-    assert pairwise_iou(xyxy(a_xywh), xyxy(b_xywh)) == pytest.approx(expected, abs=1e-6)
+    assert pairwise_iou(xyxy(a_xywh), xyxy(b_xywh)) == pytest.approx(expected, abs=1e-12)
 
 
 @given(boxes, boxes)
