@@ -70,7 +70,11 @@ class History:
             for column in ("before", "after", "gain"):
                 table.add_column(f"{kind}\n{column}", justify="right")
         prefix = f"eval/{kinds[0]}/source/" if kinds else ""
-        sources = sorted(key[len(prefix) : -len(REWARD)] for key in after if kinds and key.startswith(prefix))
+        sources = sorted(
+            key[len(prefix) : -len(REWARD)]
+            for key in after
+            if kinds and key.startswith(prefix) and key.endswith(REWARD)
+        )
         for source in [*sources, None]:
             row = [source or "all"]
             for kind in kinds:
@@ -164,7 +168,7 @@ def summary(metrics: Mapping[str, float]) -> list[str]:
     for key, form in (
         ("reward/mean", "reward {:.3f}"),
         ("eval/reward/mean", "held-out {:.3f}"),
-        ("response/length/mean", "{:.1f} tokens"),
+        ("length/mean", "{:.1f} tokens"),
         ("staleness/max", "staleness ≤ {:.0f}"),
         ("mismatch/max_abs", "mismatch {:.1e}"),
         ("throughput/completions_per_s", "{:.0f} completions/s"),
