@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from vtriune.runtime import Actor, ActorMesh, MeshFailure, current_rank, endpoint, this_host
+from vtriune.runtime import Actor, ActorMesh, MeshFailure, context, current_rank, endpoint, this_host
 
 
 class Group(msgspec.Struct):
@@ -73,6 +73,30 @@ class Echo(Actor):
     @endpoint
     async def marks(self) -> list[int]:
         return self.log
+
+    @endpoint
+    async def hold(self, data: bytes, seconds: float) -> int:
+        await asyncio.sleep(seconds)
+        return len(data)
+
+    @endpoint
+    async def stack(self, arrays: list[np.ndarray]) -> int:
+        return sum(array.nbytes for array in arrays)
+
+    @endpoint
+    async def inflate(self, num_bytes: int) -> bytes:
+        return bytes(num_bytes)
+
+    @endpoint
+    async def forever(self) -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            self.log.append(-1)
+
+    @endpoint
+    async def time_left(self) -> float | None:
+        return context.time_left_s()
 
     @endpoint
     async def fail(self, text: str) -> None:

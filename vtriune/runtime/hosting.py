@@ -25,7 +25,7 @@ from vtriune.runtime.stacks import own_stacks
 from vtriune.transport.codec import Payload, Schema, pack
 from vtriune.transport.errors import DeadlineExceeded, MeshFailure, MessageRefused
 from vtriune.transport.inbox import Session
-from vtriune.transport.wire import Call, ErrorNote, FailureNote, WireError
+from vtriune.transport.wire import Call, ErrorNote, FailureNote, Limits, WireError
 
 logger = logging.getLogger("vtriune.runtime")
 
@@ -46,6 +46,7 @@ class ActorHost:
         self.class_path = request.class_path
         self.loop = hosting.loop
         self._hosting = hosting
+        self._limits = hosting.node.limits
         self._actor: Actor | None = None
         self._class: type[Actor] | None = None
         self._error: ErrorNote | None = None
@@ -117,7 +118,7 @@ class ActorHost:
                 value = await declared.method(self._actor, *args, **kwargs)
             else:
                 value = await self._within(declared.method(self._actor, *args, **kwargs), call.deadline_s)
-            answer = _pack_result(declared, value, call)
+            answer = _pack_result(declared, value, call, self._limits)
         except (Exception, asyncio.CancelledError) as error:
             # Whatever an endpoint raises is its caller's to see.
             self._end(session, call, note_from_error(error))
@@ -143,7 +144,7 @@ class ActorHost:
         context.enter(self, call.deadline_s)
         try:
             args, kwargs = _unpack(declared.signature, call, frames)
-            answer = _pack_result(declared, declared.method(self._actor, *args, **kwargs), call)
+            answer = _pack_result(declared, declared.method(self._actor, *args, **kwargs), call, self._limits)
         except Exception as error:
             # Whatever an endpoint raises is its caller's to see.
             self._end(session, call, note_from_error(error))
@@ -330,17 +331,26 @@ def _unpack(signature: Signature, call: Call, frames: Sequence[Any]) -> tuple[tu
     return values[:split], dict(zip(call.names, values[split:], strict=True))
 
 
-def _pack_result(declared: Endpoint[..., Any], value: Any, call: Call) -> Payload:
-    """Encode a result after checking it. Raises TypeError where it does not fit the return annotation."""
+def _pack_result(declared: Endpoint[..., Any], value: Any, call: Call, limits: Limits) -> Payload:
+    """Encode a result after checking it.
+
+    Raises:
+        TypeError: it does not fit the return annotation.
+        ValueError: it exceeds what one message may hold.
+    """
     if call.oneway:
         return pack(())
+    name = declared.method.__qualname__
     try:
         declared.signature.result.check((value,))
-        return pack((value,))
+        payload = pack((value,))
     except TypeError as error:
-        raise TypeError(
-            f"{declared.method.__qualname__} returned what its annotation does not allow: {error}"
-        ) from None
+        raise TypeError(f"{name} returned what its annotation does not allow: {error}") from None
+    try:
+        limits.check(payload)
+    except WireError as error:
+        raise ValueError(f"{name}: a result of {payload.num_bytes} bytes exceeds a limit: {error}") from None
+    return payload
 
 
 def _construct(cls: type[Actor], request: SpawnRequest) -> Actor:

@@ -13,7 +13,7 @@ from vtriune.runtime.actor import Actor, Endpoint, load_class
 from vtriune.runtime.future import CallFuture, Future, GatherFuture, Stream
 from vtriune.runtime.node import Node, this_node
 from vtriune.runtime.shape import Extent, Shaped, ValueMesh
-from vtriune.transport import codec
+from vtriune.transport import codec, wire
 from vtriune.transport.errors import MeshFailure, MessageRefused
 from vtriune.transport.link import Link
 from vtriune.transport.wire import PeerRef
@@ -163,24 +163,11 @@ class BoundEndpoint(Endpoint[..., Any]):
             payload = codec.pack(values)
         except TypeError as error:
             raise TypeError(f"{self._label}: {error}") from None
-        limits = self._node.limits
-        if payload.num_bytes > limits.frame_bytes or len(payload.frames) > limits.frames:
-            self._check_limits(payload)
-        if len(payload.body) > limits.header_bytes - 4096:
-            raise MessageRefused(f"{self._label}: {len(payload.body)} bytes beside arrays exceed {limits.header_bytes}")
+        try:
+            self._node.limits.check(payload)
+        except wire.WireError as error:
+            raise MessageRefused(f"{self._label}: {error}") from None
         return payload, names
-
-    def _check_limits(self, payload: codec.Payload) -> None:
-        limits = self._node.limits
-        largest = max((memoryview(frame).nbytes for frame in payload.frames), default=0)
-        if largest > limits.frame_bytes:
-            raise MessageRefused(
-                f"{self._label}: an array of {largest} bytes exceeds the limit of {limits.frame_bytes}"
-            )
-        if len(payload.frames) > limits.frames:
-            raise MessageRefused(
-                f"{self._label}: {len(payload.frames)} large arrays exceed the limit of {limits.frames}"
-            )
 
     def _deadline(self) -> float | None:
         """The endpoint's own deadline or what is left of the running call's, whichever is shorter, in seconds."""

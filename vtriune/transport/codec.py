@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias, get_args, get_origin
 
 import msgspec
 
-from vtriune.transport.wire import WireError
+from vtriune.transport.wire import MAX_NESTING, WireError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -177,6 +177,7 @@ class Schema:
         self.names = tuple(names)
         self.type: Any = tuple[tuple(types)] if types else tuple[()]  # type: ignore[misc]
         self._decode = msgspec.msgpack.Decoder(self.type, dec_hook=_decode_hook).decode
+        self._is_open = _is_open(self.type)
 
     def check(self, values: Sequence[Any]) -> None:
         """Raise TypeError naming the item that does not fit. Structs are checked by class, not field by field: the
@@ -198,10 +199,14 @@ class Schema:
         _frames.incoming = frames
         try:
             values: tuple[Any, ...] = self._decode(body)
-        except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
+        except (msgspec.DecodeError, ValueError, TypeError) as error:
             raise WireError(self._named(str(error))) from None
+        except RecursionError:
+            raise WireError("lists or dicts nested too deeply") from None
         finally:
             _frames.incoming = ()
+        if self._is_open and _depth(values) > MAX_NESTING + 1:
+            raise WireError(f"lists or dicts nested deeper than {MAX_NESTING}")
         return self._with_blobs(values, frames, blobs) if blobs else values
 
     def _with_blobs(self, values: tuple[Any, ...], frames: Sequence[Any], blobs: Sequence[int]) -> tuple[Any, ...]:
@@ -220,6 +225,23 @@ class Schema:
         if not mark or not bracket or not index.isdigit() or int(index) >= len(self.names):
             return text
         return f"{self.names[int(index)]}{rest.rstrip('`')}: {before}"
+
+
+def _is_open(annotation: Any) -> bool:
+    """Whether the annotation leaves the nesting of what it admits to the sender."""
+    return annotation in (Any, object) or any(_is_open(argument) for argument in get_args(annotation))
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists, tuples and dicts."""
+    deepest, pending = 0, [(value, 1)]
+    while pending:
+        item, level = pending.pop()
+        children = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
+        if children:
+            deepest = max(deepest, level)
+            pending += [(child, level + 1) for child in children]
+    return deepest
 
 
 UNTYPED_RESULT = Schema(("result",), (Any,))

@@ -6,11 +6,16 @@ frames of their own. Decoding builds only the types named here; a header that fi
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Protocol, TypeAlias
 
 import msgspec
 
 PROTOCOL = 1
+# Levels of lists and dicts in a value whose annotation does not bound them by itself.
+MAX_NESTING = 64
+# Room for what a header holds beside the arguments: names, ids, blob positions.
+HEADER_ROOM = 1 << 16
 
 # Ids count up per sender; 2^53 keeps them exact in every msgpack implementation.
 _Id: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -20,6 +25,17 @@ _Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1 << 20)]
 
 class WireError(ValueError):
     """A message that is not of this protocol or exceeds its limits; it was refused, the connection lives on."""
+
+
+class Sized(Protocol):
+    """What of a payload is limited."""
+
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def frames(self) -> Sequence[bytes | bytearray | memoryview]: ...
+    @property
+    def num_bytes(self) -> int: ...
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -33,10 +49,22 @@ class Limits(msgspec.Struct, frozen=True):
     frame_bytes: int = 1 << 30
     header_bytes: int = 64 << 20
     frames: int = 4096
-    nesting: int = 64
     credit_messages: int = 4096
     credit_bytes: int = 256 << 20
     backlog_messages: int = 1 << 16
+
+    def check(self, payload: Sized) -> None:
+        """Raise WireError when a payload exceeds what one message may hold."""
+        if payload.num_bytes <= min(self.frame_bytes, self.header_bytes - HEADER_ROOM) and not payload.frames:
+            return
+        largest = max((memoryview(frame).nbytes for frame in payload.frames), default=0)
+        if largest > self.frame_bytes:
+            raise WireError(f"an array of {largest} bytes exceeds the limit of {self.frame_bytes}")
+        if len(payload.frames) > self.frames:
+            raise WireError(f"{len(payload.frames)} large arrays exceed the limit of {self.frames}")
+        num_bytes = len(payload.body) + HEADER_ROOM
+        if num_bytes > min(self.frame_bytes, self.header_bytes):
+            raise WireError(f"{num_bytes} bytes beside large arrays exceed the limit of {self.header_bytes}")
 
 
 class PeerRef(msgspec.Struct, frozen=True, array_like=True):

@@ -1,0 +1,129 @@
+"""Bounded queues: a slow receiver slows its senders, nothing is dropped, limits are errors by name.
+
+Each test is a run of its own with small limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.runtime.actors import Echo
+from vtriune import runtime
+from vtriune.runtime import BacklogFull, DeadlineExceeded, Limits, MessageRefused, ProcMesh
+from vtriune.runtime.node import this_node
+
+WAIT_S = 30.0
+LIMITS = Limits(frame_bytes=1 << 20, frames=8, credit_messages=16, credit_bytes=1 << 20, backlog_messages=50)
+
+
+@pytest.fixture(scope="module")
+def procs() -> Iterator[ProcMesh]:
+    runtime.shutdown()
+    runtime.configure(limits=LIMITS)
+    mesh = runtime.this_host().spawn_procs(name="narrow", on_failure=print)
+    yield mesh
+    mesh.stop().get(timeout=WAIT_S)
+    runtime.shutdown()
+    runtime.configure()
+
+
+def test_a_slow_receiver_slows_a_blocking_sender_and_loses_nothing(procs: ProcMesh) -> None:
+    echo = procs.spawn("echo", Echo)
+    echo.ping.call_one(0).get(timeout=WAIT_S)
+    start = time.perf_counter()
+    for mark in range(40):
+        echo.block.broadcast(0.02, mark=mark)
+    assert time.perf_counter() - start > 0.02 * (40 - LIMITS.credit_messages - 2)
+    assert this_node().link(procs.peers[0]).num_outstanding <= LIMITS.credit_messages
+
+    def has_all() -> bool:
+        return echo.marks.call_one().get(timeout=WAIT_S) == list(range(40))
+
+    end = time.monotonic() + WAIT_S
+    while not has_all():
+        assert time.monotonic() < end
+
+
+def test_bytes_in_flight_are_bounded_too(procs: ProcMesh) -> None:
+    echo = procs.spawn("echo", Echo)
+    half = b"x" * (LIMITS.credit_bytes * 2 // 5)
+    first = [echo.hold.call_one(half, 0.4) for _ in range(2)]
+    start = time.perf_counter()
+    third = echo.hold.call_one(half, 0.0)
+    assert time.perf_counter() - start > 0.2
+    assert [future.get(timeout=WAIT_S) for future in [*first, third]] == [len(half)] * 3
+
+
+def test_an_asyncio_sender_awaits_and_beyond_the_backlog_gets_an_error(procs: ProcMesh) -> None:
+    echo = procs.spawn("echo", Echo)
+
+    async def flood() -> int:
+        futures: list[runtime.Future[str]] = []
+
+        def send_all() -> None:
+            for _ in range(10_000):
+                futures.append(echo.nap.call_one(0.01))
+
+        with pytest.raises(BacklogFull, match=r"wait for narrow rank 0 .*await earlier calls"):
+            send_all()
+        assert await asyncio.gather(*futures) == ["rested"] * len(futures)
+        return len(futures)
+
+    assert LIMITS.backlog_messages <= asyncio.run(flood()) <= LIMITS.backlog_messages + LIMITS.credit_messages + 1
+
+
+def test_awaited_broadcasts_keep_pace_with_the_receiver(procs: ProcMesh) -> None:
+    echo = procs.spawn("echo", Echo)
+
+    async def paced() -> list[int]:
+        for mark in range(200):
+            await echo.note.broadcast(mark)
+        return await echo.marks.call_one()
+
+    assert asyncio.run(paced()) == list(range(200))
+
+
+def test_waiting_for_credit_counts_against_the_deadline(procs: ProcMesh) -> None:
+    echo = procs.spawn("echo", Echo)
+    naps = [echo.nap.call_one(1.0) for _ in range(LIMITS.credit_messages)]
+    with pytest.raises(DeadlineExceeded, match="no credit from narrow rank 0"):
+        echo.ping.within(0.2).call_one(1)
+    assert [nap.get(timeout=WAIT_S) for nap in naps] == ["rested"] * len(naps)
+
+
+def test_messages_over_a_limit_are_refused_by_name_and_the_connection_lives(procs: ProcMesh) -> None:
+    echo = procs.spawn("echo", Echo)
+    with pytest.raises(MessageRefused, match=r"echo\.sink: an array of 1048577 bytes exceeds the limit of 1048576"):
+        echo.sink.call_one(b"x" * (LIMITS.frame_bytes + 1))
+    with pytest.raises(MessageRefused, match=r"echo\.stack: 9 large arrays exceed the limit of 8"):
+        echo.stack.call_one([np.zeros(10_000, np.uint8)] * 9)
+    assert echo.stack.call_one([np.zeros(10_000, np.uint8)] * 8).get(timeout=WAIT_S) == 80_000
+    with pytest.raises(runtime.ActorError, match=r"a result of \d+ bytes exceeds"):
+        echo.inflate.call_one(LIMITS.frame_bytes + 1).get(timeout=WAIT_S)
+    assert echo.ping.call_one(4).get(timeout=WAIT_S) == 4
+
+
+def test_a_cancelled_await_cancels_the_callee(procs: ProcMesh) -> None:
+    echo = procs.spawn("echo", Echo)
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(echo.forever.call_one(), 0.2)
+
+    asyncio.run(give_up())
+    end = time.monotonic() + WAIT_S
+    while echo.marks.call_one().get(timeout=WAIT_S) != [-1]:
+        assert time.monotonic() < end, "the callee's task was not cancelled"
+
+
+def test_a_deadline_is_inherited_by_the_callees_own_calls(procs: ProcMesh) -> None:
+    echo = procs.spawn("echo", Echo)
+    assert echo.time_left.call_one().get(timeout=WAIT_S) is None
+    left_s = echo.time_left.within(5.0).call_one().get(timeout=WAIT_S)
+    assert left_s is not None
+    assert 3.0 < left_s <= 5.0
