@@ -1,0 +1,67 @@
+"""The learner's part of a checkpoint: exact resume, and a Hugging Face folder that others load."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from learner import state
+from tests.learner import oracle
+from tests.learner import ranks_program as program
+
+
+def test_resuming_gives_the_parameters_of_the_uninterrupted_run_bit_for_bit(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    learner, groups = program.a_learner(models["qwen2_5_vl"], None)
+    program.steps(learner, groups, 0, 2)
+    state.save(learner, tmp_path)
+    consumed = learner.inbox.consumed()
+    program.steps(learner, groups, 2, 2)
+    resumed, _ = program.a_learner(models["qwen2_5_vl"], None)
+    state.load(resumed, tmp_path)
+    assert resumed.inbox.consumed() == consumed == [0, 1, 2, 3, 4, 5]
+    program.steps(resumed, groups, 2, 2)
+    expected = program.parameters_of(learner)
+    assert all(torch.equal(expected[name], value) for name, value in program.parameters_of(resumed).items())
+
+
+def test_adams_moments_come_back_and_matter(models: dict[str, Path], tmp_path: Path) -> None:
+    learner, groups = program.a_learner(models["qwen2_5_vl"], None)
+    program.steps(learner, groups, 0, 2)
+    state.save(learner, tmp_path)
+    program.steps(learner, groups, 2, 1)
+    resumed, _ = program.a_learner(models["qwen2_5_vl"], None)
+    state.load(resumed, tmp_path)
+    resumed.optimizer.adamw.state.clear()
+    program.steps(resumed, groups, 2, 1)
+    expected = program.parameters_of(learner)
+    assert any(not torch.equal(expected[name], value) for name, value in program.parameters_of(resumed).items())
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "untied"])
+def test_the_hugging_face_folder_is_the_trained_model(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    (models[kind] / "preprocessor_config.json").write_text("{}")
+    learner, groups = program.a_learner(models[kind], None)
+    program.steps(learner, groups, 0, 1)
+    state.save(learner, tmp_path)
+    loaded = oracle.load(tmp_path / "hf")
+    ours = program.parameters_of(learner)
+    assert {name for name, _ in loaded.named_parameters()} == ours.keys()
+    assert all(torch.equal(ours[name], p) for name, p in loaded.named_parameters())
+    assert (tmp_path / "hf" / "preprocessor_config.json").exists()
+    assert (tmp_path / "hf" / "generation_config.json").exists()
+
+
+def test_a_bfloat16_model_is_exported_as_bfloat16(models: dict[str, Path], tmp_path: Path) -> None:
+    learner, _ = program.a_learner(models["qwen2_5_vl"], None)
+    section = msgspec.structs.replace(learner.config.model, dtype="bfloat16")
+    learner.config = msgspec.structs.replace(learner.config, model=section)
+    state.save_hugging_face(learner, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert (settings["dtype"], settings["text_config"]["dtype"]) == ("bfloat16", "bfloat16")
+    loaded = oracle.load(tmp_path, dtype=torch.bfloat16)
+    ours = program.parameters_of(learner)
+    assert all(torch.equal(ours[name].bfloat16(), p) for name, p in loaded.named_parameters())
