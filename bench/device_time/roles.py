@@ -1,0 +1,269 @@
+"""The actors whose accelerator is simulated: real processes, sockets and messages; decoding, training and transfer are slept.
+
+Several generators share one process here, because 64 interpreters do not fit on two cores; each is still an actor of its own, with
+its own address, queue and calls. `clock_scale` machine seconds pass for one second of the device.
+"""
+
+import asyncio
+import time
+
+import msgspec
+import numpy as np
+
+from actors.verifier_pool import VerifierPoolActor
+from bench.simulated_device import Completion, Costs, Decoder, Finished, Lengths
+from vtriune.config.tree import Config
+from vtriune.messages import (
+    Canary,
+    Group,
+    GroupReport,
+    Lease,
+    PublishOrder,
+    PublishReport,
+    Rendezvous,
+    ScoredGroup,
+    StepRecord,
+    TrainOrder,
+    TrainReport,
+    Trajectory,
+    VersionSpan,
+)
+from vtriune.runtime import Actor, endpoint
+
+PROMPT_TOKENS = 64
+
+
+class Device(msgspec.Struct, frozen=True):
+    """What is simulated, and how fast."""
+
+    lengths: Lengths
+    costs: Costs
+    training_s: float
+    clock_scale: float
+    seed: int = 0
+
+
+class GenerationTrace(msgspec.Struct, frozen=True, array_like=True):
+    """One group on one engine, in machine seconds of the monotonic clock, which all processes of a machine share."""
+
+    group_id: int
+    arrived_at: float
+    ended_at: float
+
+
+class EngineTrace(msgspec.Struct, frozen=True):
+    """What one engine did since the last call, device seconds."""
+
+    groups: list[GenerationTrace]
+    busy_s: float
+    num_tokens: int
+
+
+class LearnerTrace(msgspec.Struct, frozen=True):
+    """One training, machine seconds of the monotonic clock."""
+
+    version: int
+    began_at: float
+    ended_at: float
+    group_ids: list[int]
+    staleness: list[int]
+
+
+class BatchRefused(RuntimeError):
+    """A consumed group breaks a promise: too stale, consumed twice, or never delivered."""
+
+
+class SimulatedGenerator(Actor):
+    """Decodes by the clock. In-flight sequences go on over a publish, with exact version spans."""
+
+    def __init__(self, config: Config, verifiers: VerifierPoolActor, rank: int, device: Device) -> None:
+        self._verifiers, self._rank, self._device = verifiers, rank, device
+        self._scale = device.clock_scale
+        self._epoch = time.monotonic()
+        self._decoder = Decoder(device.costs, config.cluster.generators.max_sequences)
+        self._pending: dict[int, tuple[asyncio.Future[None], dict[int, Finished], int]] = {}
+        self._alarm: asyncio.TimerHandle | None = None
+        self._traces: list[GenerationTrace] = []
+        self._reported = (0.0, 0)
+
+    @endpoint
+    async def ready(self) -> None:
+        """Returns once the actor exists."""
+
+    @endpoint
+    async def generate(self, lease: Lease) -> GroupReport:
+        """One group, scored and delivered."""
+        arrived_at = time.monotonic()
+        lengths = self._device.lengths.draw(self._device.seed, lease.group_id, lease.num_completions)
+        completions = [
+            Completion(lease.group_id, index, int(length), index == 0) for index, length in enumerate(lengths)
+        ]
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        finished: dict[int, Finished] = {}
+        self._pending[lease.group_id] = (ended, finished, len(completions))
+        self._settle(self._decoder.submit(completions, self._now_s()))
+        await ended
+        last_s = max(item.at_s for item in finished.values())
+        ended_at = self._epoch + last_s * self._scale
+        self._traces.append(GenerationTrace(lease.group_id, arrived_at, ended_at))
+        trajectories = [_trajectory(lease, finished[index]) for index in range(len(completions))]
+        prompt_ids = np.arange(PROMPT_TOKENS, dtype=np.int32)
+        return await self._verifiers.score.choose(
+            Group(lease, prompt_ids, trajectories, self._rank, time.monotonic() - arrived_at)
+        )
+
+    @endpoint
+    async def receive(self, order: PublishOrder) -> PublishReport:
+        """Pause, sleep for the transfer, go on with the new version."""
+        self._settle(self._decoder.pause(self._now_s()))
+        pause_s = self._device.costs.publish_s * self._scale
+        await asyncio.sleep(pause_s)
+        self._decoder.resume(order.version, self._now_s())
+        self._settle([])
+        return PublishReport(order.version, 1, 0, f"version-{order.version}", pause_s, pause_s)
+
+    @endpoint
+    async def canary(self, canary: Canary) -> list[float]:
+        """The same on both sides."""
+        return [0.0] * len(canary.response_ids)
+
+    @endpoint
+    async def take_trace(self) -> EngineTrace:
+        """What happened since the last call."""
+        self._settle(self._decoder.advance(self._now_s()))
+        traces, self._traces = self._traces, []
+        before, self._reported = self._reported, (self._decoder.busy_s, self._decoder.num_tokens)
+        return EngineTrace(traces, self._reported[0] - before[0], self._reported[1] - before[1])
+
+    def _now_s(self) -> float:
+        return (time.monotonic() - self._epoch) / self._scale
+
+    def _settle(self, finished: list[Finished]) -> None:
+        """Hand out what ended, and set the alarm for what ends next."""
+        for item in finished:
+            ended, done, num_expected = self._pending[item.completion.group_id]
+            done[item.completion.index] = item
+            if len(done) == num_expected:
+                del self._pending[item.completion.group_id]
+                ended.set_result(None)
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        next_s = self._decoder.next_end_s()
+        if next_s < float("inf"):
+            delay_s = max(0.0, (next_s - self._now_s()) * self._scale)
+            self._alarm = asyncio.get_running_loop().call_later(delay_s, self._wake)
+
+    def _wake(self) -> None:
+        self._settle(self._decoder.advance(self._now_s()))
+
+
+class SimulatedLearner(Actor):
+    """Trains by the clock, and refuses what no real learner should be given."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._delivered: dict[int, int] = {}
+        self._consumed: set[int] = set()
+        self._num_duplicates = 0
+        self._traces: list[LearnerTrace] = []
+        self._version = 0
+
+    @endpoint
+    async def ready(self) -> None:
+        """Returns once the actor exists."""
+
+    @endpoint
+    async def deliver(self, scored: ScoredGroup) -> None:
+        """Take a scored group; a second arrival of an id is dropped and counted."""
+        group_id = scored.group.lease.group_id
+        if group_id in self._delivered or group_id in self._consumed:
+            self._num_duplicates += 1
+            return
+        for trajectory in scored.group.trajectories:
+            if sum(span.num_tokens for span in trajectory.spans) != len(trajectory.token_ids):
+                raise BatchRefused(
+                    f"group {group_id}: its version spans do not cover its {len(trajectory.token_ids)} tokens"
+                )
+        self._delivered[group_id] = min(trajectory.oldest_version for trajectory in scored.group.trajectories)
+
+    @endpoint
+    async def train(self, order: TrainOrder) -> TrainReport:
+        """Check every group, then sleep. Raises BatchRefused."""
+        began_at = time.monotonic()
+        group_ids = [group_id for update in order.updates for group_id in update]
+        staleness = [self._consume(group_id, order) for group_id in group_ids]
+        await asyncio.sleep(self._device.training_s * self._device.clock_scale - (time.monotonic() - began_at))
+        self._traces.append(LearnerTrace(order.version, began_at, time.monotonic(), group_ids, staleness))
+        return TrainReport(
+            order.version,
+            {"staleness/max": float(max(staleness, default=0)), "duplicates": float(self._num_duplicates)},
+        )
+
+    def _consume(self, group_id: int, order: TrainOrder) -> int:
+        if group_id in self._consumed:
+            raise BatchRefused(f"group {group_id} is ordered a second time, at version {order.version}")
+        if group_id not in self._delivered:
+            raise BatchRefused(f"group {group_id} is ordered at version {order.version}, but was never delivered")
+        staleness = order.version - self._delivered.pop(group_id)
+        if not 0 <= staleness <= order.max_staleness:
+            raise BatchRefused(f"group {group_id}: staleness {staleness}, the bound is {order.max_staleness}")
+        self._consumed.add(group_id)
+        return staleness
+
+    @endpoint
+    async def open_rendezvous(self, num_members: int) -> Rendezvous:
+        """Nothing meets there: the transfer is slept."""
+        return Rendezvous("127.0.0.1", 1, num_members, "gloo")
+
+    @endpoint
+    async def publish(self, order: PublishOrder) -> PublishReport:
+        """Sleep for the transfer."""
+        await asyncio.sleep(self._device.costs.publish_s * self._device.clock_scale)
+        self._version = order.version
+        return PublishReport(order.version, 1, 0, f"version-{order.version}", 0.0)
+
+    @endpoint
+    async def canary(self, canary: Canary) -> list[float]:
+        """The same on both sides."""
+        return [0.0] * len(canary.response_ids)
+
+    @endpoint
+    async def take_trace(self) -> list[LearnerTrace]:
+        """Every training so far."""
+        return self._traces
+
+
+class CountingRecorder(Actor):
+    """Takes what the recorder takes and keeps counts only: archiving trajectories is not what is measured here."""
+
+    def __init__(self) -> None:
+        self._num_groups = 0
+
+    @endpoint
+    async def ready(self) -> None:
+        """Returns once the actor exists."""
+
+    @endpoint
+    async def record_group(self, group: ScoredGroup) -> None:
+        """One group passed."""
+        self._num_groups += 1
+
+    @endpoint
+    async def record_step(self, record: StepRecord) -> dict[str, float]:
+        """The line of a version: the controller's own figures."""
+        return {**record.metrics, "version": float(record.version), "recorder/num_groups": float(self._num_groups)}
+
+
+def _trajectory(lease: Lease, finished: Finished) -> Trajectory:
+    """Tokens and text of the drawn length; about half of the answers are right."""
+    completion = finished.completion
+    length = completion.length
+    is_right = (lease.group_id + completion.index) % 2 == 0
+    answer = lease.sample.row if is_right else lease.sample.row + 1
+    spans = [VersionSpan(version, num_tokens) for version, num_tokens in finished.spans]
+    is_cut = length >= lease.sampling.max_tokens
+    text = f"<think>{'so ' * (length // 4)}</think><answer>\\boxed{{{answer}}}</answer>"
+    return Trajectory(
+        np.full(length, 7, np.int32), np.full(length, -0.5, np.float32), spans, "length" if is_cut else "stop", text
+    )
