@@ -1,0 +1,37 @@
+"""The actors `bench.messaging` and its soak spawn, ours and Monarch's alike."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+import psutil
+
+from vtriune.runtime import Actor, endpoint
+
+
+class Echo(Actor):
+    """Answers as fast as it can."""
+
+    @endpoint
+    async def ping(self, x: int) -> int:
+        return x
+
+    @endpoint
+    async def sink(self, data: bytes) -> int:
+        return len(data)
+
+    @endpoint
+    async def nap(self, seconds: float) -> int:
+        await asyncio.sleep(seconds)
+        return os.getpid()
+
+    @endpoint
+    def block(self, seconds: float) -> int:
+        time.sleep(seconds)
+        return os.getpid()
+
+    @endpoint
+    async def rss_bytes(self) -> int:
+        return int(psutil.Process().memory_info().rss)
