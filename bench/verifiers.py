@@ -36,6 +36,7 @@ from verifiers.pool import VerifierPool
 
 RELEASED_PER_S = 134.0
 ROUNDS = 3
+FUZZ_GOLD = "[{'bbox_2d': [10, 20, 30, 40], 'label': 'cat'}]"
 
 
 def rate(work: Callable[[], Any], num_samples: int, rounds: int = ROUNDS) -> float:
@@ -180,16 +181,18 @@ def first_score() -> None:
         "spec = RewardSpec(ground_truth=box, verifier='detection', verifier_parm={'det_reward_ratio': {'map': 1.0}});"
         "assert score('<answer>' + box + '</answer>', spec).accuracy == 1.0; print(a, time.perf_counter() - t)"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.split()
-        for _ in range(3)
-    ]
-    print(
-        f"import verifiers: {min(float(run[0]) for run in runs):.3f} s; first detection score: {min(float(run[1]) for run in runs):.2f} s"
-    )
+    command = [sys.executable, "-c", probe]
+    # A warm cache includes Python's own: the first run may have to write it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    runs = []
+    for _ in range(4):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        runs.append([float(figure) for figure in done.stdout.split()])
+    import_s, score_s = (min(run[k] for run in runs) for k in (0, 1))
+    print(f"import verifiers: {import_s:.3f} s; first detection score: {score_s:.2f} s")
 
 
-async def pool_throughput(num_workers: int, num_groups: int = 600, distinct_sympy: float = 0.25) -> None:
+async def pool_throughput(num_workers: int, num_groups: int = 600, sympy_share: float = 0.25) -> None:
     """Mixed groups of 8: half detection, half mathverify, of which a share needs sympy, no two alike."""
     rng = random.Random(num_workers)
     responses, specs = detection_workload(num_groups * 4, seed=1)
@@ -199,13 +202,11 @@ async def pool_throughput(num_workers: int, num_groups: int = 600, distinct_symp
             first = number // 2 * 8
             groups.append((responses[first : first + 8], specs[first : first + 8]))
         else:
-            gold = RewardSpec(ground_truth=r"\boxed{\frac{%d}{%d}}" % (number + 1, number + 2))
-            answers = [
-                r"\boxed{\frac{%d}{%d}}" % (rng.randrange(10**6), number + 2)
-                if rng.random() < distinct_sympy
-                else r"\boxed{%d}" % k
-                for k in range(8)
-            ]
+            gold = RewardSpec(ground_truth=rf"\boxed{{\frac{{{number + 1}}}{{{number + 2}}}}}")
+            answers = [rf"\boxed{{{k}}}" for k in range(8)]
+            for k in range(8):
+                if rng.random() < sympy_share:
+                    answers[k] = rf"\boxed{{\frac{{{rng.randrange(10**6)}}}{{{number + 2}}}}}"
             plain = RewardSpec(ground_truth=str(number))
             groups.append((answers, [gold if "frac" in answer else plain for answer in answers]))
     pool = VerifierPool(num_workers)
@@ -263,14 +264,18 @@ def soak_answers(num_answers: int) -> None:
 def soak_fuzzed(num_fuzzed: int) -> None:
     """Fuzzed responses to every verifier that runs in the front process; none may raise or leave its range."""
     specs = [
-        RewardSpec(ground_truth="[{'bbox_2d': [10, 20, 30, 40], 'label': 'cat'}]", verifier="detection", verifier_parm={"det_reward_ratio": {"map": 1.0, "iou_max_iou_first": 1.0}}),
+        RewardSpec(
+            ground_truth=FUZZ_GOLD,
+            verifier="detection",
+            verifier_parm={"det_reward_ratio": {"map": 1, "iou_max_iou_first": 1}},
+        ),
         RewardSpec(ground_truth="B", verifier="multiple_choice"),
         RewardSpec(ground_truth="3", verifier="counting"),
         RewardSpec(ground_truth="stop sign", verifier="ocr"),
         RewardSpec(ground_truth="[0, 0, 10, 10]", verifier="point"),
         RewardSpec(ground_truth="[10, 20]", verifier="temporal"),
         RewardSpec(ground_truth='{"a": 1}', verifier="json_fields"),
-    ]  # fmt: skip
+    ]
     started_s, rng, num_boxes = time.perf_counter(), random.Random(2026), 0
     for first in range(0, num_fuzzed, 700):
         responses = [fuzzed_response(rng) for _ in range(700)]

@@ -25,7 +25,7 @@ AP_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_LEVELS = np.linspace(0.0, 1.0, 101)
 
 
-@compiled("void(int64, float64[::1])")
+@compiled
 def recall_levels_per_hit(num_golds: int, out: Matrix) -> None:
     """out[n] = how many of the 101 recall levels are first reached at the n-th hit, 1 ≤ n ≤ num_golds. Level 0 is
     reached at once.
@@ -40,7 +40,7 @@ def recall_levels_per_hit(num_golds: int, out: Matrix) -> None:
         out[hits] += 1.0
 
 
-@compiled("float64(int64[::1], int64, int64, float64[::1])")
+@compiled
 def interpolated_precision(hit_rank: Labels, num_hits: int, num_golds: int, levels: Matrix) -> float:
     """AP of one class at one threshold. hit_rank[n] is the 1-based rank of the n-th hit; the sum runs from the last hit
     backwards.
@@ -54,7 +54,7 @@ def interpolated_precision(hit_rank: Labels, num_hits: int, num_golds: int, leve
     return total / 101.0
 
 
-@compiled("void(float64[:, ::1], int64[:], int64[:], float64[:])")
+@compiled
 def sample_average_precision(overlap: Matrix, predicted: Labels, gold: Labels, out: Matrix) -> None:
     """out = (map, map50, map75) from IoU [N, G] and class ids [N], [G]. Classes are those of the gold, each weighing
     the same; G ≥ 1.
@@ -114,10 +114,20 @@ def sample_average_precision(overlap: Matrix, predicted: Labels, gold: Labels, o
     out[2] /= num_classes
 
 
+@compiled
+def average_precision(
+    predicted_xyxy: Matrix, predicted: Labels, gold_xyxy: Matrix, gold: Labels
+) -> tuple[float, float, float]:
+    """(map, map50, map75) of one sample with at least one gold box: [N, 4], [N], [G, 4], [G]."""
+    out = np.empty(3)
+    sample_average_precision(iou_matrix(predicted_xyxy, gold_xyxy), predicted, gold, out)
+    return out[0], out[1], out[2]
+
+
 def class_ids(predicted: Sequence[object] | ArrayLike, gold: Sequence[object] | ArrayLike) -> tuple[Labels, Labels]:
     """Labels of any hashable kind as class ids, equal exactly where the labels are."""
     if isinstance(predicted, np.ndarray) and isinstance(gold, np.ndarray) and predicted.dtype == gold.dtype == np.int64:
-        return predicted, gold
+        return np.ascontiguousarray(predicted), np.ascontiguousarray(gold)
     table: dict[object, int] = {}
     sides = (np.asarray(predicted, dtype=object).tolist(), np.asarray(gold, dtype=object).tolist())
     ids = [np.array([table.setdefault(label, len(table)) for label in side], dtype=np.int64) for side in sides]
@@ -145,6 +155,4 @@ def coco_average_precision(
     if not len(gold):
         alone = 1.0 if not len(predicted) else 0.0
         return alone, alone, alone
-    out = np.empty(3)
-    sample_average_precision(iou_matrix(predicted_boxes, gold_boxes), predicted, gold, out)
-    return float(out[0]), float(out[1]), float(out[2])
+    return average_precision(predicted_boxes, predicted, gold_boxes, gold)

@@ -1,4 +1,4 @@
-"""The one way kernels are compiled here: numba, without the GIL, cached on disk, signature stated.
+"""The one way kernels are compiled here: numba, without the GIL, cached on disk.
 
 A kernel takes flat arrays of many samples at once and holds no Python object. Importing this module imports numba (about half a
 second), so only kernels do, and kernels are imported at the first score that needs them.
@@ -32,18 +32,15 @@ def cache_folder() -> Path:
     return Path(base) / "vtriune" / f"kernels-{digest.hexdigest()[:16]}"
 
 
-def compiled(signature: str) -> Callable[[F], F]:
-    """Compile a kernel for one signature (numba's notation) when its module is imported, or load it from the cache.
+def compiled(function: F) -> F:
+    """Compile a kernel at its first call, or load it from the cache; what only other kernels call is loaded with them.
 
-    Division by zero follows IEEE 754.
+    Callers pass C-contiguous float64, int64 and bool arrays, so that each kernel is compiled for one signature. Division by zero
+    follows IEEE 754.
     """
-
-    def decorate(function: F) -> F:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(cache_folder())
-        try:
-            return cast("F", numba.njit(signature, nogil=True, cache=True, error_model="numpy")(function))
-        finally:
-            numba.config.CACHE_DIR = before
-
-    return decorate
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(cache_folder())
+    try:
+        return cast("F", numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    finally:
+        numba.config.CACHE_DIR = before

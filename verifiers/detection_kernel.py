@@ -34,7 +34,7 @@ NUM_COLUMNS = 36
 NUM_SCORES, COMPLETENESS = 5, 5
 
 
-@compiled("float64(float64[:, ::1], int64[:], int64, int64, float64, boolean[:], float64[:])")
+@compiled
 def blend_thresholds(
     per_threshold: Matrix,
     report_at: Indices,
@@ -65,10 +65,7 @@ def blend_thresholds(
     return blended / num_active
 
 
-@compiled(
-    "void(float64[:, ::1], int64[::1], int64[::1], float64[:, ::1], int64[::1], int64[::1], float64[:, ::1], "
-    "float64[::1], boolean[::1], int64[::1], boolean, boolean, float64[:, ::1])"
-)
+@compiled
 def score_samples(
     predicted_xyxy: Matrix,
     predicted_labels: Indices,

@@ -14,7 +14,7 @@ from verifiers.compiled import compiled
 Matrix = NDArray[np.float64]
 
 
-@compiled("float64(float64[:], float64[:])")
+@compiled
 def box_iou(a_xyxy: Matrix, b_xyxy: Matrix) -> float:
     """IoU of two boxes, each of shape [4]."""
     width = min(a_xyxy[2], b_xyxy[2]) - max(a_xyxy[0], b_xyxy[0])
@@ -30,7 +30,7 @@ def box_iou(a_xyxy: Matrix, b_xyxy: Matrix) -> float:
     return float(shared / union)
 
 
-@compiled("float64(float64[:], float64[:])")
+@compiled
 def box_giou(a_xyxy: Matrix, b_xyxy: Matrix) -> float:
     """Generalised IoU in [-1, 1] of two boxes of shape [4] (Rezatofighi et al. 2019, Eq. 1); -1 where the hull has no
     finite area.
@@ -49,7 +49,7 @@ def box_giou(a_xyxy: Matrix, b_xyxy: Matrix) -> float:
     return float(overlap - (hull - union) / hull)
 
 
-@compiled("float64[:, ::1](float64[:, ::1], float64[:, ::1])")
+@compiled
 def iou_matrix(a_xyxy: Matrix, b_xyxy: Matrix) -> Matrix:
     """IoU of every pair: [A, 4], [B, 4] → [A, B]."""
     out = np.empty((a_xyxy.shape[0], b_xyxy.shape[0]))
@@ -59,7 +59,7 @@ def iou_matrix(a_xyxy: Matrix, b_xyxy: Matrix) -> Matrix:
     return out
 
 
-@compiled("float64[:, ::1](float64[:, ::1], float64[:, ::1])")
+@compiled
 def giou_matrix(a_xyxy: Matrix, b_xyxy: Matrix) -> Matrix:
     """Generalised IoU of every pair: [A, 4], [B, 4] → [A, B]."""
     out = np.empty((a_xyxy.shape[0], b_xyxy.shape[0]))

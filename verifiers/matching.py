@@ -20,7 +20,7 @@ Indices = NDArray[np.int64]
 LABEL_PREFERENCE = 1e-9
 
 
-@compiled("void(float64[:, ::1], boolean[:, ::1], float64[:], float64[:], float64[:])")
+@compiled
 def match_label_first(overlap: Matrix, agrees: Mask, thresholds: Matrix, total: Matrix, matches: Matrix) -> None:
     """For each gold in order: the unused same-label prediction of highest IoU (the first of equals), if that IoU ≥ t.
 
@@ -45,7 +45,7 @@ def match_label_first(overlap: Matrix, agrees: Mask, thresholds: Matrix, total: 
                 matches[t] += 1.0
 
 
-@compiled("void(float64[:, ::1], boolean[:, ::1], float64[:], float64[:], float64[:])")
+@compiled
 def match_iou_first(overlap: Matrix, agrees: Mask, thresholds: Matrix, total: Matrix, matches: Matrix) -> None:
     """Repeatedly the globally best pair of unmatched boxes, until below t. Of equals, a same-label pair, then the
     lowest indices.
@@ -86,7 +86,7 @@ def match_iou_first(overlap: Matrix, agrees: Mask, thresholds: Matrix, total: Ma
                     matches[t] += 1.0
 
 
-@compiled("int64[::1](float64[:, ::1])")
+@compiled
 def assign(value: Matrix) -> Indices:
     """The column of each row in an assignment of greatest total value; value is [R, C] with R ≤ C, finite.
 
@@ -137,7 +137,7 @@ def assign(value: Matrix) -> Indices:
     return column_of
 
 
-@compiled("void(float64[:, ::1], boolean[:, ::1], boolean, float64[:], float64[:], float64[:])")
+@compiled
 def match_optimal(
     overlap: Matrix, agrees: Mask, same_label_only: bool, thresholds: Matrix, total: Matrix, matches: Matrix
 ) -> None:

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of everything that reads model output: `python tests/fuzz/fuzz_verifiers.py -max_total_time=60`.
+"""Coverage-guided fuzzing of everything that reads model output: `python -m tests.fuzz.fuzz_verifiers -max_total_time=60`.
 
 Needs atheris (`pip install atheris`). pytest does not collect it; tests/verifiers/test_fuzz.py strings fragments instead.
 """
@@ -6,6 +6,8 @@ Needs atheris (`pip install atheris`). pytest does not collect it; tests/verifie
 import sys
 
 import atheris
+
+from bench.verifier_cases import FRAGMENTS
 
 with atheris.instrument_imports(include=["verifiers"]):
     from verifiers import RewardSpec, score_batch
@@ -29,7 +31,9 @@ SPECS = [
 
 def target(data: bytes) -> None:
     """Any text, bare and between answer tags: a score in range from every verifier, and no exception from the readers."""
-    text = atheris.FuzzedDataProvider(data).ConsumeUnicodeNoSurrogates(4_096)
+    provider = atheris.FuzzedDataProvider(data)
+    pieces = provider.ConsumeIntListInRange(provider.ConsumeIntInRange(0, 24), 0, len(FRAGMENTS) - 1)
+    text = "".join(FRAGMENTS[piece] for piece in pieces) + provider.ConsumeUnicodeNoSurrogates(4_096)
     for response in (text, f"<answer>{text}</answer>"):
         for verdict in score_batch([response] * len(SPECS), SPECS, 0.5):
             assert verdict.status != "fault", verdict
