@@ -247,5 +247,6 @@ class BroadcastFuture(Future[None]):
             self._settle()
 
     def fail(self, error: Exception | Any) -> None:
-        """Outcome of a link: the peer is gone."""
+        """Outcome of a link: the peer is gone, which its owner is told in any case, whether or not anyone awaits this."""
+        self._is_retrieved = True
         self._settle(error=error if isinstance(error, MeshFailure) else MessageRefused(str(error)))
