@@ -1,9 +1,10 @@
 """Parquet → store → samples: content, repeats, reuse, atomicity, bad rows, memory."""
 
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -197,21 +198,11 @@ def test_a_truncated_store_is_refused(tmp_path: Path, files: list[Path]) -> None
         Store.open(store.folder)
 
 
-def _build_in_child(files: list[Path], folder: Path, fingerprints: "multiprocessing.Queue[str]") -> None:
-    fingerprints.put(build_store(files, folder).fingerprint)
-
-
-def test_two_processes_that_build_the_same_store_at_once_both_get_it(tmp_path: Path, files: list[Path]) -> None:
-    context = multiprocessing.get_context("spawn")
-    fingerprints: multiprocessing.Queue[str] = context.Queue()
-    builders = [
-        context.Process(target=_build_in_child, args=(files, tmp_path / "store", fingerprints)) for _ in range(2)
-    ]
-    for builder in builders:
-        builder.start()
-    found = {fingerprints.get(timeout=60) for _ in builders}
-    for builder in builders:
-        builder.join()
+def test_processes_that_build_the_same_store_at_once_all_get_it(tmp_path: Path, files: list[Path]) -> None:
+    code = "import sys; from vtriune.data import build_store; print(build_store(sys.argv[2:], sys.argv[1]).fingerprint)"
+    command = [sys.executable, "-c", code, str(tmp_path / "store"), *map(str, files)]
+    builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = {builder.communicate(timeout=60)[0].strip() for builder in builders}
     assert found == {build_store(files, tmp_path / "store").fingerprint}
     assert not list((tmp_path / "store").glob(".building-*"))
 

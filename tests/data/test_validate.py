@@ -59,7 +59,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def checks() -> Iterator[Checks]:
-    checks = Checks(Preprocessor(MODEL, 784, 168 * 168, 512), prompt_pool=True, num_workers=2)
+    checks = Checks(Preprocessor(MODEL, 784, 168 * 168, 512), prompt_pool=True, num_workers=1)
     yield checks
     checks.close()
 
