@@ -190,13 +190,17 @@ class Controller:
                 return batch
             if self.window.is_exhausted:
                 return None
-            await self._fleet.revive()
-            if self._fleet.stale:
-                await self._publisher.refit(self.window.version)
-                self.ring()
-            else:
-                await self._change()
+            await self._tend_fleet()
         return None
+
+    async def _tend_fleet(self) -> None:
+        """Brings dead engines back to the current version; with nothing to bring back, waits for a change."""
+        await self._fleet.revive()
+        if self._fleet.stale:
+            await self._publisher.refit(self.window.version)
+            self.ring()
+        else:
+            await self._change()
 
     async def _train_on(self, batch: list[int]) -> dict[str, float]:
         policy, ledger = self.config.policy, self.leasing.ledger
@@ -257,7 +261,7 @@ class Controller:
         if not is_due or self._evaluation is None:
             return {}
         started = time.monotonic()
-        metrics = await self._evaluation.run(self._change)
+        metrics = await self._evaluation.run(self._tend_fleet)
         self._progress_at = time.monotonic()
         return {**metrics, "time/evaluate_s": self._progress_at - started}
 

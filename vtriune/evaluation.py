@@ -5,14 +5,14 @@ Evaluation leases carry negative ids: they are in neither ledger nor window, and
 
 import asyncio
 import itertools
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
-from statistics import fmean
+from collections import deque
+from collections.abc import Awaitable, Callable
 
 from vtriune.config.tree import Config
 from vtriune.data.store import Store
-from vtriune.fleet import Fleet
-from vtriune.messages import GroupReport, Lease, Sampling
+from vtriune.fleet import Engine, Fleet
+from vtriune.messages import GroupReport, Lease, SampleRef, Sampling
+from vtriune.runtime import MeshFailure
 
 
 class Evaluation:
@@ -29,47 +29,52 @@ class Evaluation:
         """Rows scored by each pass."""
         return len(self._rows)
 
-    async def run(self, wait_for_room: Callable[[], Awaitable[None]]) -> dict[str, float]:
-        """Evaluate by every kind of `evaluation.sampling`. Keys: `eval/<kind>/reward/mean`, `eval/<kind>/source/<s>/reward/mean`,
-        and the first kind's again without its name. Raises what a generator raises."""
+    async def run(self, wait_for_engine: Callable[[], Awaitable[None]]) -> dict[str, float]:
+        """Evaluate by every kind of `evaluation.sampling`. Raises what a generator raises, but for its death.
+
+        `wait_for_engine` is awaited while no engine is alive; it brings one back.
+
+        Returns `eval/<kind>/num_rows` and `eval/<kind>/num_faults`; the rewards are the recorder's to report, which has the
+        groups themselves.
+        """
         metrics: dict[str, float] = {}
-        for index, kind in enumerate(self._config.evaluation.sampling):
-            reports = await self._pass(kind, wait_for_room)
-            metrics |= summarise(reports, f"eval/{kind}")
-            if index == 0:
-                metrics |= summarise(reports, "eval")
+        for kind in self._config.evaluation.sampling:
+            reports = await self._pass(kind, wait_for_engine)
+            metrics[f"eval/{kind}/num_rows"] = float(sum(len(report.rewards) for report in reports))
+            metrics[f"eval/{kind}/num_faults"] = float(sum(report.num_faults for report in reports))
         return metrics
 
-    async def _pass(self, kind: str, wait_for_room: Callable[[], Awaitable[None]]) -> list[GroupReport]:
+    async def _pass(self, kind: str, wait_for_engine: Callable[[], Awaitable[None]]) -> list[GroupReport]:
+        """One report per row. A row whose generator died goes to another one."""
         sampling = Sampling(
             temperature=1.0 if kind == "sampled" else 0.0,
             max_tokens=self._config.sampling.max_tokens,
             seed=self._config.run.seed if self._config.sampling.seeded else None,
         )
-        running: list[asyncio.Task[GroupReport]] = []
+        waiting, reports = deque(self._rows), []
+        running: dict[asyncio.Task[GroupReport], tuple[SampleRef, Engine]] = {}
         try:
-            for sample in self._rows:
-                while (engine := self._fleet.pick(1)) is None:
-                    await wait_for_room()
-                lease = Lease(next(self._ids), 0, sample, 1, sampling, purpose="evaluate", progress=1.0)
-                running.append(asyncio.create_task(self._fleet.generate(engine, lease)))
-                await asyncio.sleep(0)
-            return list(await asyncio.gather(*running))
+            while waiting or running:
+                engine = self._fleet.pick(1) if waiting else None
+                if engine is not None:
+                    sample = waiting.popleft()
+                    lease = Lease(next(self._ids), 0, sample, 1, sampling, purpose="evaluate", progress=1.0)
+                    running[asyncio.create_task(self._fleet.generate(engine, lease))] = sample, engine
+                    await asyncio.sleep(0)
+                elif not running:
+                    await wait_for_engine()
+                    continue
+                done, _ = await asyncio.wait(
+                    running, timeout=None if engine is None else 0, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    sample, engine = running.pop(task)
+                    try:
+                        reports.append(task.result())
+                    except MeshFailure as failure:
+                        self._fleet.bury(engine, str(failure).splitlines()[0])
+                        waiting.append(sample)
+            return reports
         finally:
             for task in running:
                 task.cancel()
-
-
-def summarise(reports: Sequence[GroupReport], prefix: str) -> dict[str, float]:
-    """Mean reward over all rows and per source; rows whose verdict is a fault are left out and counted."""
-    by_source: dict[str, list[float]] = defaultdict(list)
-    for report in reports:
-        by_source[report.source].extend(report.rewards)
-    rewards = [reward for values in by_source.values() for reward in values]
-    means = {f"{prefix}/source/{source}/reward/mean": fmean(values) for source, values in by_source.items() if values}
-    return {
-        f"{prefix}/reward/mean": fmean(rewards) if rewards else 0.0,
-        f"{prefix}/num_rows": float(len(rewards)),
-        f"{prefix}/num_faults": float(sum(report.num_faults for report in reports)),
-        **means,
-    }

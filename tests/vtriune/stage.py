@@ -184,11 +184,11 @@ class Stage:
 
     def __init__(self, folder: Path, policy: Policy, *, steps: int | None = 6, num_rows: int = 1000, num_generators: int = 2,
                  room: int = 6, restarts: int = 0, training_s: float = 0.0, seed: int = 0, checkpoint_every: int = 0,
-                 epochs: int | None = None) -> None:  # fmt: skip
+                 epochs: int | None = None, evaluate_every: int = 0) -> None:  # fmt: skip
         self.config = Config(
             run=Run(steps=steps, epochs=epochs),
             policy=policy,
-            evaluation=Evaluation(every=0, before=False, after=False),
+            evaluation=Evaluation(every=evaluate_every, before=False, after=False, sampling=["sampled", "greedy"]),
             checkpoint=Checkpoint(every=checkpoint_every),
         )
         self.random = random.Random(seed)

@@ -10,6 +10,7 @@ from tests.vtriune.stage import Stage
 from vtriune.checkpoint import latest_complete
 from vtriune.config.tree import Policy
 from vtriune.leasing import TooManyLost
+from vtriune.messages import Lease
 from vtriune.schedule import Stance
 
 ON = Policy(mode="on_policy", rollout_batch=6, group_size=2)
@@ -171,3 +172,23 @@ async def test_a_stop_finishes_the_version_in_hand_and_a_resume_repeats_no_sampl
     samples = Counter(record.version for record in stage.records)
     assert max(samples.values()) == 1
     assert resumed.leasing.ledger.counts()["consumed"] == 120
+
+
+async def test_an_evaluation_scores_every_row_though_its_only_generator_dies(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, ON, steps=3, evaluate_every=1, num_generators=1, restarts=2)
+    num_calls = 0
+
+    def die_once(lease: Lease) -> float:
+        nonlocal num_calls
+        num_calls += lease.purpose == "evaluate"
+        if num_calls == 3:
+            stage.generators[0].is_dead = True
+        return 0.001
+
+    stage.generation_s = die_once  # type: ignore[method-assign]
+    await stage.run()
+    evaluated = [
+        record.metrics["eval/greedy/num_rows"] for record in stage.records if "eval/greedy/num_rows" in record.metrics
+    ]
+    assert evaluated == [4.0, 4.0]
+    assert len(stage.generators) == 2
