@@ -85,20 +85,23 @@ def chaos(num_rounds: int, seed: int = 0) -> dict[str, int]:
     echo = procs.spawn("echo", Echo)
     echo.ping.call(0).get(timeout=WAIT_S)
     counts = {"values": 0, "errors": 0}
-    for _ in range(num_rounds):
+    for number in range(num_rounds):
         _fault(rng, echo, procs)
         _settle(rng, echo, counts)
+        if number % 4 == 3:
+            _await_all(echo)
     _await_all(echo)
     procs.stop().get(timeout=WAIT_S)
     left = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("vtriune chaos")]
     assert not left, f"processes left: {left}"
-    sockets = [path.name for path in Path(this_node().folder).iterdir() if not path.name.startswith("root")]
+    files = [path.name for path in Path(this_node().folder).iterdir() if path.name != "root"]
+    assert not files, f"files left: {files}"
     runtime.shutdown()
     runtime.configure()
     this_node()
     after = open_descriptors()
     assert len(after) <= len(before), f"descriptors before {before}, after {after}"
-    return {**counts, "rounds": num_rounds, "restarts": failures.qsize(), "stale_files": len(sockets)}
+    return {**counts, "rounds": num_rounds, "restarts": failures.qsize()}
 
 
 def _use_zero_copy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ WAIT_S = 60.0
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     runtime.shutdown()
+    # Ray gives its own agents 15 s to start, too little on a loaded machine.
+    os.environ["RAY_agent_register_timeout_ms"] = "120000"
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(address=made.address, log_to_driver=False)
     address = ray.util.get_node_ip_address()

@@ -151,7 +151,7 @@ class LocalProcess:
         self._watcher.unwatch(self._control.fileno())
         self._control.close()
         self._end_session()
-        (Path(self.boot.folder) / f"{self._pid}.stacks").unlink(missing_ok=True)
+        self._remove_files()
         if self._kill_cause:
             note = self._note(self._kill_cause, signal_number=-returncode if returncode < 0 else None)
         elif returncode >= 0:
@@ -165,6 +165,13 @@ class LocalProcess:
         self.has_ended = True
         self._ended.set()
         self._events.on_exit(self, note)
+
+    def _remove_files(self) -> None:
+        """What a killed process could not remove itself: its socket, its stacks."""
+        if self.boot.address.startswith("ipc://"):
+            Path(self.boot.address.removeprefix("ipc://")).unlink(missing_ok=True)
+        if self.boot.folder:
+            (Path(self.boot.folder) / f"{self._pid}.stacks").unlink(missing_ok=True)
 
     def _end_session(self) -> None:
         """End helpers the worker left behind in its session."""
