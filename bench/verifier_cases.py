@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -315,6 +316,7 @@ def library_verdict(response: str, gold: str) -> bool | None:
     """math-verify's own verdict, called as the rewards are defined; None where it cannot read the gold answer."""
     import math_verify
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     golds = math_verify.parse(gold, extraction_mode="first_match", parsing_timeout=None)
     if not golds:
         return None

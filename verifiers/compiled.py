@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,12 +25,21 @@ KERNEL_FILES = ("average_precision.py", "compiled.py", "detection_kernel.py", "i
 
 @cache
 def cache_folder() -> Path:
-    """Where this version of the kernels is cached: below NUMBA_CACHE_DIR if that is set, else below the user's cache folder."""
+    """Where this version of the kernels is cached: below NUMBA_CACHE_DIR if that is set, else below the user's cache folder.
+
+    Below the temporary folder where that cannot be written.
+    """
     digest = hashlib.sha256(numba.__version__.encode())
     for name in KERNEL_FILES:
         digest.update((Path(__file__).parent / name).read_bytes())
     base = numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "vtriune" / f"kernels-{digest.hexdigest()[:16]}"
+    name = f"kernels-{digest.hexdigest()[:16]}"
+    folder = Path(base) / "vtriune" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir()) / f"vtriune-{os.getuid()}" / name
+    return folder
 
 
 def compiled(function: F) -> F:

@@ -74,7 +74,14 @@ def response_of(case: dict) -> str:
     return texts[case["build"]]
 
 
-@pytest.mark.timeout(30)
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> None:
+    """Load sympy and the kernels: what they take to load is not what an answer takes."""
+    assert score(r"\boxed{\frac{84}{2}}", RewardSpec(ground_truth="42")).accuracy == 1.0
+    assert check_gold(spec_of("detection", EVEN)) is None
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['verifier']}: {case['reason']}")
 @pytest.mark.parametrize("matching", ["greedy", "optimal"])
 def test_no_adversarial_answer_beats_the_honest_one(case: dict, matching: str) -> None:
