@@ -6,7 +6,7 @@ Three loops, each a watched task; the first to fail ends the run:
 | -------------- | ------------------------------------------------ | ------------------------------------------------- |
 | `lease_groups` | a slot in the window and a generator with room   | a publish, a report, an engine that became healthy |
 | `_train`       | a batch that the window can cut                  | reports of scored groups                          |
-| `_watch`       | a lease past its deadline, a stall               | the clock                                         |
+| `_watch`       | a lease past its deadline                        | the clock                                         |
 
 Every change of state rings one bell; whoever waits looks again.
 """
@@ -30,10 +30,6 @@ from vtriune.schedule import Stance, correction, num_versions, stance, update_ba
 from vtriune.window import Window
 
 log = logging.getLogger(__name__)
-
-
-class RunStalled(RuntimeError):
-    """Nothing was scored, trained or evaluated for `cluster.stall_s`."""
 
 
 class Watcher(Protocol):
@@ -74,7 +70,6 @@ class Controller:
         self._watcher = watcher
         self._requested: Stance | None = None
         self._bell = asyncio.Event()
-        self._progress_at = time.monotonic()
 
     # What launch and control call.
 
@@ -167,13 +162,10 @@ class Controller:
         await self._save(is_last=True)
 
     async def _watch(self) -> None:
-        """Reissues overdue leases; ends the run when nothing moves for `cluster.stall_s`."""
+        """Waits for the clock; leases past their deadline are issued again."""
         while True:
             await asyncio.sleep(1.0)
             self.leasing.reissue_overdue()
-            idle_s = time.monotonic() - max(self._progress_at, self.leasing.last_report_at)
-            if idle_s > self.config.cluster.stall_s:
-                raise RunStalled(f"nothing was scored or trained for {idle_s:.0f} s; {self.status()}")
 
     async def _change(self) -> None:
         """Returns at the next ring of the bell."""
@@ -216,8 +208,8 @@ class Controller:
         started = time.monotonic()
         reports: list[TrainReport] = [report for _, report in (await self._learner.train.call(order)).items()]
         self.num_updates += len(order.updates)
-        self._progress_at = time.monotonic()
-        return {**reports[0].metrics, "time/train_s": self._progress_at - started}
+        self._fleet.on_report()
+        return {**reports[0].metrics, "time/train_s": time.monotonic() - started}
 
     def _finish_version(self, batch: list[int], waited_s: float, step_s: float) -> dict[str, float]:
         """The version is published: account for its groups, release their slots, apply a switch. Returns the loop's metrics."""
@@ -262,8 +254,7 @@ class Controller:
             return {}
         started = time.monotonic()
         metrics = await self._evaluation.run(self._tend_fleet)
-        self._progress_at = time.monotonic()
-        return {**metrics, "time/evaluate_s": self._progress_at - started}
+        return {**metrics, "time/evaluate_s": time.monotonic() - started}
 
     async def _record(self, version: int, batch: list[int], metrics: dict[str, float]) -> None:
         record = StepRecord(version, self.num_updates, batch, metrics)

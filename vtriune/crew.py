@@ -23,14 +23,20 @@ from vtriune.data.store import Store
 from vtriune.fleet import Fleet, Health, Spawned
 from vtriune.messages import Canary
 from vtriune.publisher import Publisher
-from vtriune.runtime import Actor, MeshFailure, ProcMesh, this_host
+from vtriune.runtime import Actor, MeshFailure, ProcMesh, ProgressWatchdog, RestartPolicy, Stall, this_host
 
 log = logging.getLogger(__name__)
 
+START_S = 300.0
+"""For Python and the imports of a role to load, on a machine that does other things besides."""
 READY_S = 600.0
 """A model of many GiB may take minutes to load; a process that is dead is noticed at once, not after this."""
 MAX_CANARY_ERROR = {"float32": 1e-3, "bfloat16": 0.15}
 """Nats: float32 engines agree to 1e-5; in bfloat16 the kernels' rounding differs by up to some hundredths."""
+
+
+class RunStalled(RuntimeError):
+    """Nothing was scored, trained or evaluated for `cluster.stall_s`; the text shows where every process stands."""
 
 
 class Roles(NamedTuple):
@@ -70,12 +76,15 @@ class Crew:
         room = generators.max_sequences + config.policy.group_size
         self.fleet = Fleet(generators.procs, room, generators.restarts, self._spawn_generator, lambda: self.on_change())
         self._canary = _canary(stores[-1], preprocessor)
-        self._failures: asyncio.Queue[MeshFailure] = asyncio.Queue()
+        self._failures: asyncio.Queue[Exception] = asyncio.Queue()
+        self._watchdog: ProgressWatchdog | None = None
 
     async def __aenter__(self) -> "Crew":
         self._loop = asyncio.get_running_loop()
         try:
             await self._start()
+            self._watchdog = ProgressWatchdog(self._config.cluster.stall_s, self._stalled)
+            self.fleet.on_report = self._watchdog.progress
         except BaseException:
             # Whatever failed half-way, the processes that did start are ended before the error goes on.
             await self.close()
@@ -95,11 +104,13 @@ class Crew:
         )
 
     async def watch(self) -> None:
-        """Waits for a process to end that the run cannot go on without, and raises its MeshFailure."""
+        """Waits for a process to end that the run cannot go on without, or for a stall; raises MeshFailure or RunStalled."""
         raise await self._failures.get()
 
     async def close(self) -> None:
         """End every process. Idempotent."""
+        if self._watchdog is not None:
+            self._watchdog.close()
         await self.fleet.stop()
         await asyncio.gather(*(procs.stop() for procs in self._procs))
         self._procs.clear()
@@ -110,7 +121,7 @@ class Crew:
         recorder, learner, verifiers = await asyncio.gather(
             self._spawn_procs("recorder", 1, threads=1),
             self._spawn_procs("learner", cluster.learner.procs, threads=cluster.learner.threads),
-            self._spawn_procs("verifiers", cluster.verifiers.procs, threads=1),
+            self._spawn_procs("verifiers", cluster.verifiers.procs, threads=1, num_restarts=cluster.verifiers.restarts),
         )
         roles, folders = self._roles, self._store_folders
         self.recorder = recorder.spawn("recorder", roles.recorder, self._config, str(self._folder))
@@ -118,7 +129,9 @@ class Crew:
         self.verifiers = verifiers.spawn(
             "verifiers", roles.verifier_pool, self._config, folders, self.learner, self.recorder
         )
-        await asyncio.gather(self.fleet.start(), self._ready_learner(), _ready(self.verifiers), self.recorder.initialized)
+        await asyncio.gather(
+            self.fleet.start(), self._ready_learner(), _ready(self.verifiers), self.recorder.initialized
+        )
         self._say(f"generators, verifiers, learner and recorder are ready after {time.monotonic() - started:.0f} s")
 
     async def _ready_learner(self) -> None:
@@ -135,22 +148,38 @@ class Crew:
             env=_thread_limits(threads),
             log_folder=self._folder / "logs",
             on_failure=lambda failure: self._loop.call_soon_threadsafe(self._generator_failed, rank, failure),
+            frozen_after_s=self._config.cluster.heartbeat_s,
+            ready_s=START_S,
         )
         actor = procs.spawn("generator", self._roles.generator, self._config, self._store_folders, self.verifiers, rank)
         await _ready(actor)
         return Spawned(procs, actor)
 
-    async def _spawn_procs(self, name: str, num_procs: int, *, threads: int) -> ProcMesh:
+    async def _spawn_procs(self, name: str, num_procs: int, *, threads: int, num_restarts: int = 0) -> ProcMesh:
         procs = await asyncio.to_thread(
             this_host().spawn_procs,
             {"procs": num_procs},
             name=name,
             env=_thread_limits(threads),
             log_folder=self._folder / "logs",
-            on_failure=lambda failure: self._loop.call_soon_threadsafe(self._failures.put_nowait, failure),
+            on_failure=lambda failure: self._loop.call_soon_threadsafe(self._failed, failure),
+            restart=RestartPolicy(num_restarts) if num_restarts else None,
+            frozen_after_s=self._config.cluster.heartbeat_s,
+            ready_s=START_S,
         )
         self._procs.append(procs)
         return procs
+
+    def _failed(self, failure: MeshFailure) -> None:
+        """A restarted verifier process costs the groups it held nothing: generators have them scored again."""
+        if failure.is_restarting:
+            log.warning("%s; it is restarted", failure)
+        else:
+            self._failures.put_nowait(failure)
+
+    def _stalled(self, stall: Stall) -> None:
+        """On the watchdog's thread."""
+        self._loop.call_soon_threadsafe(self._failures.put_nowait, RunStalled(stall.report()))
 
     def _generator_failed(self, rank: int, failure: MeshFailure) -> None:
         engine = self.fleet.engines[rank]

@@ -72,6 +72,8 @@ class Fleet:
         self.room = room
         self.num_restarts_left = num_restarts
         self.num_deaths = 0
+        self.on_report: Callable[[], None] = lambda: None
+        """Called whenever a group is scored and delivered, or trained on: the progress that the watchdog waits for."""
         self._spawn = spawn
         self._on_change = on_change
 
@@ -101,6 +103,7 @@ class Fleet:
         engine.num_leased += lease.num_completions
         try:
             report: GroupReport = await engine.actor.generate.call_one(lease)
+            self.on_report()
             return report
         finally:
             engine.num_leased -= lease.num_completions

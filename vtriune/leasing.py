@@ -42,7 +42,6 @@ class Leasing:
         self.window = window
         self.cursor = Cursor(store, seed=config.run.seed, epochs=config.run.epochs)
         self.is_stopped = False
-        self.last_report_at = time.monotonic()
         self._num_completions = 0
         self._num_tokens = 0
         self._config = config
@@ -131,7 +130,6 @@ class Leasing:
 
     def _resolve(self, report: GroupReport) -> None:
         """A scored group joins the window, or is filtered."""
-        self.last_report_at = time.monotonic()
         if self.ledger.report(report.group_id, report.oldest_version):
             self._num_completions += len(report.rewards) + report.num_faults
             self._num_tokens += report.num_tokens
