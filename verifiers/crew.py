@@ -75,6 +75,7 @@ class Crew:
             await self._renew_nursery()
             for _ in range(self._num_workers):
                 await self._add_worker()
+        # Cancelled or failed, what was started must not stay.
         except BaseException:
             await self.close()
             raise

@@ -108,8 +108,8 @@ class WorkerNursery:
             with theirs:
                 done = await self._order(Spawn(), [theirs.fileno(), stderr.fileno()], ORDER_DEADLINE_S)
             reader, writer = await asyncio.open_unix_connection(sock=ours)
+        # Cancelled or failed: without its socket a worker that was forked after all hangs up and ends.
         except BaseException:
-            # Without its socket a worker that was forked after all hangs up and ends.
             ours.close()
             stderr.close()
             raise

@@ -85,6 +85,7 @@ class VerifierPool:
         """
         try:
             await asyncio.gather(self._crew.start(), self._in_front(self._test_front))
+        # Cancelled or failed, what was started must not stay.
         except BaseException:
             await self.close()
             raise
