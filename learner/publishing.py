@@ -88,9 +88,9 @@ class WeightSender:
                     courier.collect()
         except Exception as error:
             # Generators wait for rank 0 alone, so it passes on whatever broke on any rank.
-            if courier is not None:
-                courier.abandon(error)
-            raise
+            if courier is None:
+                raise
+            raise courier.abandon(error) from error
         total = courier.checksum if courier is not None else Checksum()
         return PublishReport(
             order.version, total.num_tensors, total.num_bytes, total.hexdigest(), time.monotonic() - start
@@ -196,13 +196,15 @@ class _Courier:
         assert self._meeting is not None
         self._meeting.collect_receipts(Receipt(self.checksum.num_tensors, self.checksum.hexdigest()))
 
-    def abandon(self, error: Exception) -> None:
-        """Tell the generators, then leave the data group, which unblocks whoever waits in it."""
-        if self._meeting is not None:
-            self._meeting.tell(error.phase if isinstance(error, PublishFailure) else "gather", error)
+    def abandon(self, error: Exception) -> Exception:
+        """Tell the generators, then leave the data group, which unblocks whoever waits in it. Returns the cause to raise: a
+        member's own account of its failure where there is one, rather than the broken connection it left."""
+        phase: Phase = error.phase if isinstance(error, PublishFailure) else "gather"
+        cause = error if self._meeting is None else self._meeting.tell(phase, error)
         if self._sender._group is not None:
             self._sender._group.close()
             self._sender._group = None
+        return cause
 
 
 def _gathered(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched import output
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -53,6 +54,7 @@ class VllmCore:
     ) -> None:
         if not config.cluster.generators.gpus:
             torch.set_num_threads(config.cluster.generators.threads)
+            _keep_pixels()
         _register(config.model.path)
         self._llm = LLMEngine.from_engine_args(_arguments(config, mm_processor_kwargs, seed))
         self._client = self._llm.engine_core
@@ -228,6 +230,17 @@ def _arguments(config: Config, mm_processor_kwargs: Mapping[str, Any], seed: int
         **(on_gpu if section.gpus else on_cpu),
         **(of_images if mm_processor_kwargs else {}),
     )
+
+
+def _keep_pixels() -> None:
+    """Let workers keep the pixels of images whose keys and values came from the prefix cache.
+
+    vLLM drops them, for good, when it first schedules such a request. Its model runner for the CPU keeps what it got then, so
+    the request cannot be recomputed once it was preempted (by `begin_version`, or for want of blocks) and the cached prefix is
+    gone: the step fails with an embedding too few. Here scheduler and worker share one process, so keeping them costs nothing.
+    """
+    scheduled: Any = output
+    scheduled.strip_covered_mm_data = lambda mm_features, num_computed_tokens, uses_mrope=False: mm_features
 
 
 def _register(folder: str) -> None:

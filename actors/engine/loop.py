@@ -37,7 +37,7 @@ class Core(Protocol):
         """Queue completion `index` of the template's prompt, at the engine's current version."""
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Forget requests, running or waiting."""
+        """Forget requests: running, waiting, or ended in the step just made."""
 
     def step(self) -> list[Sampled]:
         """Sample one token of each running request."""
@@ -180,8 +180,9 @@ class StepLoop:
     def _finish(self, ticket: Ticket, completion: Completion, finish: str) -> None:
         del self._flying[completion.request_id]
         if finish not in ("stop", "length"):
+            if not ticket.done.done():
+                ticket.done.set_exception(EngineError(f"the engine ended a completion with reason {finish!r}"))
             self._drop(ticket)
-            ticket.done.set_exception(EngineError(f"the engine ended a completion with reason {finish!r}"))
             return
         completion.finish = "stop" if finish == "stop" else "length"
         ticket.num_open -= 1

@@ -41,7 +41,7 @@ def write_model(folder: Path, *, tied: bool, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.06 if "embed" not in name else 0.3)
+                parameter.normal_(std=0.06 if "embed" not in name else 0.1 if tied else 0.3)
     model.save_pretrained(folder)
     return folder
 
