@@ -30,6 +30,9 @@ class Features(Protocol):
     image_grid_thw: np.ndarray
 
 
+_MAX_PROMPTS = 4096
+"""Prompts kept, a few KiB each; at least one update's share of a rank."""
+
 Source = Callable[[SampleRef, int | None], Features]
 """(sample, prompt seed) → prompt ids int32 (P,), pixels float32 (patches, patch_dim), grids int64 (images, 3)."""
 
@@ -69,13 +72,8 @@ class Prompts:
         key = (group.lease.sample, group.lease.prompt_seed)
         found = self._prompts.get(key)
         if found is None:
-            features = self.source(*key)
-            found = Prompt(
-                features.prompt_ids.astype(np.int64), self.positions(features.prompt_ids, features.image_grid_thw)
-            )
-            self._prompts[key] = found
-            if len(self._prompts) > 4096:
-                self._prompts.popitem(last=False)
+            self._load(group)
+            found = self._prompts[key]
         else:
             self._prompts.move_to_end(key)
         if not np.array_equal(found.token_ids, group.prompt_ids):
@@ -100,8 +98,18 @@ class Prompts:
 
     def images(self, group: Group) -> Images:
         """Pixels of the group's images, for a tower that is trained."""
-        features = self.source(group.lease.sample, group.lease.prompt_seed)
+        features = self._load(group)
         return Images(features.pixel_values, features.image_grid_thw)
+
+    def _load(self, group: Group) -> Features:
+        """Preprocess the group's sample; its prompt is kept, so that pixels are not made twice for one group."""
+        key = (group.lease.sample, group.lease.prompt_seed)
+        features = self.source(*key)
+        positions = self.positions(features.prompt_ids, features.image_grid_thw)
+        self._prompts[key] = Prompt(features.prompt_ids.astype(np.int64), positions)
+        if len(self._prompts) > _MAX_PROMPTS:
+            self._prompts.popitem(last=False)
+        return features
 
     def missing(self, groups: Sequence[Group]) -> list[Group]:
         """Groups with images whose features are not at hand, one per sample."""
