@@ -136,16 +136,18 @@ def told_spots(found: list[tuple[int, int]]) -> str:
     return ", ".join(f"row {row + 1} column {column + 1}" for row, column in found)
 
 
-def field_scene(rng: random.Random, sizes: list[tuple[int, int]], repeats: int) -> list[list[int]]:
-    """Scattered digits, one value `repeats` times among 2 to 4 others."""
+def field_scene(
+    rng: random.Random, sizes: list[tuple[int, int]], repeats: int, num_others: tuple[int, ...]
+) -> list[list[int]]:
+    """Scattered digits: one value `repeats` times, among other values that occur once."""
     rows, columns = rng.choice(sizes)
-    value, *others = rng.sample(range(10), rng.randrange(3, 6))
+    value, *others = rng.sample(range(10), 1 + rng.choice(num_others))
     return place(rows, columns, ([value] * repeats + others)[: rows * columns], rng)
 
 
 def counting_scene(rng: random.Random) -> Scene:
     """Scattered digits; how many of a value, or of all."""
-    cells = field_scene(rng, [(2, 3), (3, 3), (3, 3), (3, 4)], rng.choice([0, 1, 1, 2, 2]) or 1)
+    cells = field_scene(rng, [(2, 2), (2, 3), (3, 3), (3, 4)], rng.choice([1, 1, 1, 2, 2]), (1, 2, 3))
     free = [(r, c) for r, row in enumerate(cells) for c, cell in enumerate(row) if cell == BLANK]
     present = sorted({value for row in cells for value in row if value >= 0})
     value = rng.choice(present)
@@ -203,14 +205,14 @@ def box_question(task: str, cells: list[list[int]], value: int, opening: str) ->
 
 def grounding_scene(rng: random.Random) -> Scene:
     """Distinct digits; the box of one of them."""
-    cells = field_scene(rng, [(2, 3), (3, 3), (3, 3), (3, 4), (4, 3)], 1)
+    cells = field_scene(rng, [(1, 3), (2, 2), (2, 3), (3, 3)], 1, (1, 2, 3))
     values = rng.sample([value for row in cells for value in row if value >= 0], 2)
     return Scene(cells, [box_question("grounding", cells, value, f"Locate the {value}.") for value in values])
 
 
 def detection_scene(rng: random.Random) -> Scene:
     """A value one to three times among others; the boxes of all its instances."""
-    cells = field_scene(rng, [(2, 3), (3, 3), (3, 3), (3, 4), (4, 3)], rng.choice([1, 2, 2, 3]))
+    cells = field_scene(rng, [(1, 4), (2, 2), (2, 3), (3, 3)], rng.choice([1, 2, 2, 3]), (1, 1, 2))
     values = sorted(
         {value for row in cells for value in row if value >= 0}, key=lambda value: -len(spots(cells, value))
     )
