@@ -111,7 +111,8 @@ class Model:
         self._try_to_train()
 
     def _try_to_train(self) -> None:
-        if self._num_scored < self.schedule.rollout_batch or self.window.is_training:
+        is_over = self.window.version == self.schedule.num_versions
+        if is_over or self._num_scored < self.schedule.rollout_batch or self.window.is_training:
             return
         batch = self.window.cut()
         if batch is None:
