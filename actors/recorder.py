@@ -66,7 +66,8 @@ class Recording:
         self._stats[lease.group_id] = summarise(group, BY_ACCURACY_OR_IOU)
         if lease.purpose == "evaluate":
             self._evaluations[lease.group_id] = "sampled" if lease.sampling.temperature > 0 else "greedy"
-        if len(self._stats) > self._max_pending:
+        # Evaluation groups do not count: the next step takes them all, however many rows are held out.
+        if len(self._stats) - len(self._evaluations) > self._max_pending:
             # The oldest quarter at once: a file per group would be many files.
             waiting = [group_id for group_id in self._stats if group_id not in self._evaluations]
             self._archive_unconsumed(waiting[: max(1, self._max_pending // 4)])

@@ -114,6 +114,16 @@ def test_waiting_groups_are_bounded_and_the_oldest_are_archived(tmp_path: Path) 
     assert left == list(range(19))
 
 
+def test_an_evaluation_of_any_size_pushes_no_training_group_out(tmp_path: Path) -> None:
+    recording = Recording(tmp_path, max_pending=8)
+    recording.add(group(0))
+    for number in range(1, 30):
+        recording.add(group(-number, purpose="evaluate"))
+    metrics = finish(recording, StepRecord(1, 1, [0], {}))
+    assert metrics["archive/num_missing"] == 0.0
+    assert metrics["batch/num_groups"] == 1.0
+
+
 def test_a_killed_recorders_groups_are_found_again(tmp_path: Path) -> None:
     killed = Recording(tmp_path)
     for number in range(4):
