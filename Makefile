@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "vtriune needs Python 3.11 as '$(PYTHON)'; name another with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet "uv>=0.8"
-	$(PY) -m uv pip install --quiet --python $(PY) $(TORCH_SOURCE) -e ".[$(EXTRAS)]"
+	$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) $(TORCH_SOURCE) -e ".[$(EXTRAS)]"
 	@touch $@
 
 # The digits run: builds its data from scikit-learn's handwritten digits on first use, then trains.

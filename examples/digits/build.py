@@ -28,7 +28,7 @@ SOURCES = {
     "grounding": "digits_single",
     "detection": "digits_multi",
 }
-NUM_ROWS = {"train": 3000, "test": 128}
+NUM_ROWS = {"train": 1000, "test": 128}
 # Credit for every box found: the mean IoU of the matches, blended with completeness (missed boxes and false alarms).
 DETECTION_WEIGHTS = {
     "iou_max_label_first": 0.0,
