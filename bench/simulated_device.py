@@ -9,6 +9,7 @@ closed form instead of looping over steps: sequence i, started at K_i, ends when
 prefilled once and stalls the whole engine meanwhile.
 """
 
+import functools
 import heapq
 import math
 from collections import deque
@@ -17,6 +18,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
+
+_BLOCK_GROUPS = 256
+
+
+@functools.lru_cache(maxsize=64)
+def _normals(seed: int, block: int, num_columns: int) -> np.ndarray:
+    """float64 (256, num_columns): standard normals of 256 groups at once, which is much faster than group by group."""
+    return np.random.default_rng((seed, block)).standard_normal((_BLOCK_GROUPS, num_columns))
 
 
 class Lengths(msgspec.Struct, frozen=True):
@@ -30,7 +39,8 @@ class Lengths(msgspec.Struct, frozen=True):
 
     def draw(self, seed: int, group_id: int, num_completions: int) -> np.ndarray:
         """int64 (num_completions,) lengths of a group; the same for the same arguments, whoever asks."""
-        normal = np.random.default_rng((seed, group_id)).standard_normal(num_completions + 1)
+        block, place = divmod(group_id, _BLOCK_GROUPS)
+        normal = _normals(seed, block, num_completions + 1)[place]
         mixed = math.sqrt(self.group_share) * normal[0] + math.sqrt(1 - self.group_share) * normal[1:]
         return np.clip(np.rint(self.median * np.exp(self.sigma * mixed)), 1, self.cap).astype(np.int64)
 

@@ -52,7 +52,8 @@ class Setting(NamedTuple):
             "evaluation.after=false",
             "evaluation.every=0",
             "checkpoint.every=0",
-            "tracking.wandb=off",
+            # Quoted: to YAML a bare off is false.
+            "tracking.wandb='off'",
             "tracking.console=plain",
         ]
 
@@ -150,7 +151,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. 0 when every run trained to its end."""
+    """The command line. 0: every run trained to its end; 1: one failed; 2: cannot be run as asked."""
     options = _parser().parse_intermixed_args(arguments)
     head = describe()
     print(heading(head))
@@ -164,7 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for setting in asked:
         print(f"{setting.name}: {options.steps} versions …", flush=True)
-        lines = run(options.file, setting, config.run.name, folder, options.steps, options.overrides)
+        try:
+            lines = run(options.file, setting, config.run.name, folder, options.steps, options.overrides)
+        except RunFailed as failure:
+            print(failure, file=sys.stderr)
+            return 1
         rows.append({"setting": setting.name, **summarise(lines, config.policy.group_size, options.unmeasured)})
     print(table(rows))
     write_json(options.json or folder / "throughput.json", head, {"file": str(options.file), "rows": rows})

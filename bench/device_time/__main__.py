@@ -59,7 +59,11 @@ async def _sweep(num_generators: int, options: argparse.Namespace) -> list[dict[
     for staleness in (0, *options.staleness):
         mode = "off_policy" if staleness else "on_policy"
         schedule = msgspec.structs.replace(
-            base, mode=mode, max_staleness=staleness, num_versions=options.versions + (0 if mode == "on_policy" else 3)
+            base,
+            mode=mode,
+            max_staleness=staleness,
+            num_versions=options.versions + (4 if staleness else 0),
+            num_unmeasured=2 if staleness else 1,
         )
         with tempfile.TemporaryDirectory(prefix="device-time-") as folder:
             measured = await measure(
@@ -134,8 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--learner", default="drained", help="drained (on-policy's mean generation time), steady, between, or seconds"
     )
-    parser.add_argument("--versions", type=int, default=6, help="versions on-policy; off-policy runs three more")
-    parser.add_argument("--clock-scale", type=float, default=0.1, help="machine seconds per device second")
+    parser.add_argument("--versions", type=int, default=4, help="versions on-policy; off-policy runs four more")
+    parser.add_argument("--clock-scale", type=float, default=0.15, help="machine seconds per device second")
     parser.add_argument("--processes", type=int, default=2, help="processes that the generators share")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures there")

@@ -92,7 +92,13 @@ def _plan(options: argparse.Namespace) -> list[dict[str, Any]]:
             if not is_sensible(num_gpus, rollout_batch):
                 continue
             choices = candidates(
-                num_gpus, rollout_batch, options.staleness, Hardware(), room_factor=options.room_factor
+                num_gpus,
+                rollout_batch,
+                options.staleness,
+                Hardware(),
+                # A large batch averages over so many completions that a few versions say the same.
+                num_versions=7 if rollout_batch < 4096 else 5,
+                room_factor=options.room_factor,
             )
             for choice in choices:
                 row = _row(choice, choices[0])

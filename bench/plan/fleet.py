@@ -71,7 +71,7 @@ def candidates(
         max_sequences=hardware.max_sequences,
         room=int(room_factor * hardware.max_sequences),
         num_versions=num_versions,
-        num_unmeasured=3,
+        num_unmeasured=2,
     )
     choices = [_colocated(num_gpus, base, hardware)]
     bounds = [bound for bound in staleness if bound > 0]
@@ -114,5 +114,5 @@ def _counts(num_gpus: int, base: Schedule, hardware: Hardware) -> list[int]:
 
 
 def is_sensible(num_gpus: int, rollout_batch: int, group_size: int = 8) -> bool:
-    """Whether each GPU has something to do, and no version takes an hour: 2 to 512 completions a GPU."""
-    return 2 <= rollout_batch * group_size / num_gpus <= 512
+    """Whether each GPU has something to do, and a version ends in minutes: 4 to 256 completions a GPU."""
+    return 4 <= rollout_batch * group_size / num_gpus <= 256

@@ -29,7 +29,7 @@ VERL_DRAINED_S = 150.72
 VERL_SYNC_S = 356.30
 VERL_ROWS = ((0.0, 231.34, 98.77), (0.1, 171.30, 109.12), (0.3, 146.11, 103.22), (0.5, 150.63, 113.16))
 """(share of a batch that may be stale, seconds a version, seconds of its update)"""
-SPREADS = (0.5, 0.65, 0.8)
+SPREADS = (0.5, 0.8, 1.1)
 UPDATES_PER_SYNC = 4
 
 NOT_REPRODUCED = (
@@ -122,4 +122,5 @@ def _step_s(base: Schedule, share: float, update_s: float) -> float:
     # Any order and no bound of ours: staleness is what the slots make it.
     model.window = SyncWindow(Limits(1, 1 << 30, 1 << 20), schedule.rollout_batch)
     model.window.share = share
+    model.window.max_oversample = float("inf")
     return model.run().step_s * UPDATES_PER_SYNC
