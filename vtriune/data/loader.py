@@ -4,6 +4,7 @@ The controller draws a SampleRef per group it admits. torchdata's StatefulDataLo
 below: pixels stay in the store until a generator or the learner asks for them. Held-out rows are taken in order (`Store.spread`).
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +37,14 @@ class Cursor:
             generator=torch.Generator().manual_seed(seed),
         )
         self._loader = loader
-        self._rows: Iterator[int] = iter(loader)
+        self._rows: Iterator[int] = self._start()
         self._num_drawn = 0
+
+    def _start(self) -> Iterator[int]:
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls a deprecated function of torch when it starts to iterate; no reader of a run's output can act on it.
+            warnings.filterwarnings("ignore", message=".*set_vital.*")
+            return iter(self._loader)
 
     @property
     def num_drawn(self) -> int:
@@ -77,7 +84,7 @@ class Cursor:
                     "seed it began with; start a new run for others"
                 )
         self._loader.load_state_dict(state["loader"])
-        self._rows = iter(self._loader)
+        self._rows = self._start()
         self._num_drawn = state["num_drawn"]
 
 
