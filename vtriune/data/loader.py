@@ -29,22 +29,19 @@ class Cursor:
         self._store = store
         self._seed = seed
         self._num_rows_total = None if epochs is None else epochs * len(store)
-        # A generator of its own: without one, each iteration would advance torch's global generator.
-        loader: Any = StatefulDataLoader(
-            range(len(store)),
-            batch_size=None,
-            sampler=ShuffledRows(len(store), seed),
-            generator=torch.Generator().manual_seed(seed),
-        )
-        self._loader = loader
-        self._rows: Iterator[int] = self._start()
-        self._num_drawn = 0
-
-    def _start(self) -> Iterator[int]:
         with warnings.catch_warnings():
-            # torchdata 0.11 calls a deprecated function of torch when it starts to iterate; no reader of a run's output can act on it.
+            # torchdata 0.11 calls a deprecated function of torch; no reader of a run's output can act on it.
             warnings.filterwarnings("ignore", message=".*set_vital.*")
-            return iter(self._loader)
+            # A generator of its own: without one, each iteration would advance torch's global generator.
+            loader: Any = StatefulDataLoader(
+                range(len(store)),
+                batch_size=None,
+                sampler=ShuffledRows(len(store), seed),
+                generator=torch.Generator().manual_seed(seed),
+            )
+        self._loader = loader
+        self._rows: Iterator[int] = iter(self._loader)
+        self._num_drawn = 0
 
     @property
     def num_drawn(self) -> int:
@@ -84,7 +81,7 @@ class Cursor:
                     "seed it began with; start a new run for others"
                 )
         self._loader.load_state_dict(state["loader"])
-        self._rows = self._start()
+        self._rows = iter(self._loader)
         self._num_drawn = state["num_drawn"]
 
 
