@@ -17,7 +17,7 @@ from actors.generator import Generator
 from actors.recorder import Recorder
 from actors.verifier_pool import VerifierPoolActor
 from learner.actor import LearnerActor
-from vtriune.config import Config, ConfigError, check, load, to_yaml
+from vtriune.config import Config, ConfigError, check, load, resolve, to_yaml
 from vtriune.console import Screen, open_screen
 from vtriune.control import ControlServer
 from vtriune.controller import Controller
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = load(options.file, options.overrides)
+        config = resolve(load(options.file, options.overrides))
         check(config)
         if options.dry_run:
             rehearse(config)

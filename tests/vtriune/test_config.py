@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtriune.config import Config, ConfigError, check, load, override, to_yaml
+from vtriune.config import Config, ConfigError, check, load, override, resolve, to_yaml
 from vtriune.config.rewards import reward_options
 
 ROOT = Path(__file__).parents[2]
@@ -117,3 +117,16 @@ def test_reward_options_take_every_reward_key_and_freeze_the_threshold_for_evalu
     assert reward_options(digits.rewards, is_evaluation=True).threshold_at(0.05) == digits.rewards.evaluation_threshold
     shared = set(msgspec.structs.asdict(options)) & set(msgspec.structs.asdict(digits.rewards))
     assert {"matching", "format", "fold_case", "numeric_tolerance", "report", "frame", "deadline_s"} <= shared
+
+
+def test_threads_left_to_the_machine_are_all_cores_in_turns_and_shared_when_roles_overlap(digits: Config) -> None:
+    def threads(config: Config) -> tuple[int, int]:
+        cluster = resolve(config, num_cores=8).cluster
+        return cluster.generators.threads, cluster.learner.threads
+
+    assert threads(digits) == (8, 8)
+    assert threads(override(digits, ["policy.mode=off_policy"])) == (4, 4)
+    assert threads(override(digits, ["policy.mode=off_policy", "cluster.generators.procs=3"])) == (2, 2)
+    assert threads(override(digits, ["policy.schedule=[{mode: off_policy, max_staleness: 1}]"])) == (4, 4)
+    assert threads(override(digits, ["cluster.learner.threads=3"])) == (8, 3)
+    assert threads(override(digits, ["cluster.generators.procs=20"])) == (1, 8)

@@ -2,6 +2,7 @@
 
 from vtriune.config.check import check
 from vtriune.config.load import ConfigError, load, override, to_yaml
+from vtriune.config.resolve import resolve
 from vtriune.config.tree import Config
 
-__all__ = ["Config", "ConfigError", "check", "load", "override", "to_yaml"]
+__all__ = ["Config", "ConfigError", "check", "load", "override", "resolve", "to_yaml"]

@@ -27,7 +27,7 @@ class Run(_Section, frozen=True):
 class Generators(_Section, frozen=True):
     procs: int = 1
     threads: int = 2
-    """OMP threads of each engine (CPU)."""
+    """OMP threads of each engine (CPU). 0: a fair share of the cores, see `vtriune.config.resolve`."""
     gpus: int = 0
     """Accelerators of each engine; tensor-parallel size when above 1."""
     max_sequences: int = 64
@@ -51,6 +51,7 @@ class Verifiers(_Section, frozen=True):
 class Learner(_Section, frozen=True):
     procs: int = 1
     threads: int = 2
+    """As for generators."""
     gpus: int = 0
 
 
