@@ -1,7 +1,7 @@
 """`rewards.*` as the reward library's own options. Called by the verifier pool and by checks of data."""
 
-from vtriune.config.tree import Rewards
 from verifiers import RewardOptions
+from vtriune.config.tree import Rewards
 
 
 def reward_options(rewards: Rewards, *, is_evaluation: bool = False) -> RewardOptions:
