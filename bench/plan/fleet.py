@@ -114,5 +114,5 @@ def _counts(num_gpus: int, base: Schedule, hardware: Hardware) -> list[int]:
 
 
 def is_sensible(num_gpus: int, rollout_batch: int, group_size: int = 8) -> bool:
-    """Whether each GPU has something to do, and a version ends in minutes: 4 to 256 completions a GPU."""
-    return 4 <= rollout_batch * group_size / num_gpus <= 256
+    """Whether each GPU has something to do, and a version ends in minutes: 8 to 256 completions a GPU."""
+    return 8 <= rollout_batch * group_size / num_gpus <= 256
