@@ -145,7 +145,9 @@ class SimulatedGenerator(Actor):
             done[item.completion.index] = item
             if len(done) == num_expected:
                 del self._pending[item.completion.group_id]
-                ended.set_result(None)
+                # The caller may be gone: at the end of a run its calls are cancelled, while the device decodes on.
+                if not ended.done():
+                    ended.set_result(None)
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None

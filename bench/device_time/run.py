@@ -90,7 +90,7 @@ async def measure(
     store = await asyncio.to_thread(_build_store, folder)
     config = _config(schedule, folder)
     device = Device(schedule.lengths, schedule.costs, schedule.training_s, clock_scale, schedule.seed)
-    stage = _Stage(config, store, device, folder, num_processes)
+    stage = _Stage(config, store, device, folder, num_processes, schedule.leased_completions)
     failures: asyncio.Queue[MeshFailure] = asyncio.Queue()
     try:
         await stage.start(failures, num_verifiers)
@@ -102,7 +102,9 @@ async def measure(
 class _Stage:
     """The actors of one run."""
 
-    def __init__(self, config: Config, store: Store, device: Device, folder: Path, num_processes: int) -> None:
+    def __init__(
+        self, config: Config, store: Store, device: Device, folder: Path, num_processes: int, room: int
+    ) -> None:
         self.config, self.store, self.folder = config, store, folder
         self.controller: Controller | None = None
         self.watcher = Lines()
@@ -110,6 +112,8 @@ class _Stage:
         self.generators: list[Any] = [None] * config.cluster.generators.procs
         self._device = device
         self._num_processes = num_processes
+        self._room = room
+        self._importing = asyncio.Lock()
         self._procs: list[ProcMesh] = []
         self._hosts: ProcMesh | None = None
         self._verifiers: Any = None
@@ -142,8 +146,7 @@ class _Stage:
             "verifiers", VerifierPoolActor, self.config, [str(self.store.folder)], self.learner, self._recorder
         )
         generators = self.config.cluster.generators
-        room = generators.max_sequences + self.config.policy.group_size
-        self.fleet = Fleet(generators.procs, room, 0, self._spawn_generator, self._ring)
+        self.fleet = Fleet(generators.procs, self._room, 0, self._spawn_generator, self._ring)
         await asyncio.gather(self.fleet.start(), self.learner.ready.call(), self._verifiers.ready.within(120).call())
 
     def open(self) -> Controller:
@@ -165,8 +168,10 @@ class _Stage:
     async def _spawn_generator(self, rank: int) -> Spawned:
         assert self._hosts is not None
         hosts = self._hosts.slice(procs=rank % self._num_processes)
-        actor: Any = hosts.spawn("generator", SimulatedGenerator, self.config, self._verifiers, rank, self._device)
-        await actor.ready.call_one()
+        # The first actor of a process imports; the others follow, so that their threads do not import the same modules at once.
+        async with self._importing:
+            actor: Any = hosts.spawn("generator", SimulatedGenerator, self.config, self._verifiers, rank, self._device)
+            await actor.ready.call_one()
         self.generators[rank] = actor
         return Spawned(hosts, actor)
 
