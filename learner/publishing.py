@@ -138,8 +138,12 @@ class WeightSender:
             failure = error
         if self._any_failed(failure is not None, deadline) and failure is None:
             raise PeerFailure(phase, "another learner rank failed; its log says why")
-        if failure is not None:
+        if isinstance(failure, PublishFailure):
             raise failure
+        if failure is not None:
+            # What the group raises is a PublishFailure already: this broke while gathering.
+            origin: Phase = "gather" if phase == "transfer" else phase
+            raise PublishFailure(origin, f"{type(failure).__name__}: {failure}") from failure
 
     def _any_failed(self, has_failed: bool, deadline: Deadline) -> bool:
         if self._flags is None:

@@ -7,6 +7,7 @@ A publish has a control connection (`Meeting`, a TCPStore that learner rank 0 se
     meet       waits for all            ◀── arrive ──       "I hold data group g", or none
     agree      manifest, data group     ── proposal ──▶     match the manifest against their own model
                waits for all            ◀── consent ──
+                                        ── go ──▶           nobody forms a group before all agreed
     transfer   broadcasts buckets       ═════════════▶      receive
     load       waits for all            ◀── receipt ──      loaded so many tensors, with this checksum
 
@@ -56,6 +57,10 @@ class PublishFailure(RuntimeError):
 
 class PeerFailure(PublishFailure):
     """The cause lies with another member or the network; whoever raises it is unharmed and may take part in the next one."""
+
+
+class _Late(PeerFailure):
+    """The deadline passed while this member waited for another."""
 
 
 class Proposal(msgspec.Struct, frozen=True):
@@ -108,6 +113,11 @@ def listen(host: str, num_members: int, backend: Literal["gloo", "nccl"]) -> tup
     return store, Rendezvous(host, port, num_members, backend)
 
 
+def held_as(name: str, member: int) -> str:
+    """What a member announces to hold: a data group is of use only under the number it was formed with."""
+    return f"{name}#{member}"
+
+
 class Meeting:
     """One member's control connection of one publish. Used by one thread at a time."""
 
@@ -133,17 +143,18 @@ class Meeting:
             raise self.tell(phase, error) from error
 
     def arrive(self, holding: str) -> Proposal:
-        """Receiver, phases meet and agree: say which data group this member holds ('' for none), get the proposal."""
+        """Receiver, phases meet and agree: say what this member holds (`held_as`, '' for nothing), get the proposal."""
         with self.phase("meet"):
-            self._set(f"arrive/{self.member}", _held_as(holding, self.member))
+            self._set(f"arrive/{self.member}", holding.encode())
         with self.phase("agree"):
             self._wait("agree", {"proposal": 0})
             return msgspec.msgpack.decode(self._store.get("proposal"), type=Proposal)
 
     def consent(self) -> None:
-        """Receiver, end of phase agree: the manifest fits."""
+        """Receiver, end of phase agree: the manifest fits. Returns once it fits everyone."""
         with self.phase("agree"):
             self._set(f"consent/{self.member}", b"yes")
+            self._wait("agree", {"go": 0})
 
     def deliver_receipt(self, receipt: Receipt) -> None:
         """Receiver, end of phase load."""
@@ -153,18 +164,20 @@ class Meeting:
     def propose(self, holding: str, new_name: str, manifest: WeightManifest) -> str:
         """Sender, phases meet and agree: returns the data group's name once every member consented.
 
-        `holding` is kept when every member holds it, under the same number; otherwise `new_name` is formed.
+        The group named `holding` ('' for none) is kept when every member holds it under the same number; otherwise
+        `new_name` is to be formed.
         """
         others = range(1, self.rendezvous.num_members)
         with self.phase("meet"):
             self._wait("meet", {f"arrive/{member}": member for member in others})
             is_kept = bool(holding) and all(
-                self._store.get(f"arrive/{member}") == _held_as(holding, member) for member in others
+                self._store.get(f"arrive/{member}").decode() == held_as(holding, member) for member in others
             )
             name = holding if is_kept else new_name
         with self.phase("agree"):
             self._set("proposal", msgspec.msgpack.encode(Proposal(name, manifest)))
             self._wait("agree", {f"consent/{member}": member for member in others})
+            self._set("go", b"yes")
         return name
 
     def collect_receipts(self, expected: Receipt) -> None:
@@ -186,6 +199,9 @@ class Meeting:
         try:
             if (earlier := self._failure(phase)) is not None:
                 return earlier
+            if self.member and isinstance(error, _Late):
+                # The learner knows whom it waits for; "the learner is late" would hide that.
+                return error
             text = error.text if isinstance(error, PublishFailure) else f"{type(error).__name__}: {error}"
             failure = _Failure(self.member, phase, text[:_MAX_TEXT])
             self._store.set(_FAILURE_KEY, msgspec.msgpack.encode(failure))  # type: ignore[arg-type]
@@ -202,7 +218,7 @@ class Meeting:
                 raise failure
             if not self.deadline.left_s:
                 missing = sorted({member for key, member in keys.items() if not self._check(phase, [key])})
-                raise PeerFailure(phase, f"no word from member {_list(missing)} within {self.deadline.seconds:g} s")
+                raise _Late(phase, f"no word from member {_list(missing)} within {self.deadline.seconds:g} s")
             time.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE_S)
 
@@ -249,6 +265,7 @@ class WeightGroup:
         store: TCPStore | None = None,
     ) -> None:
         self.name = name
+        self.member = member
         self.device = torch.device("cpu") if rendezvous.backend == "gloo" else device
         self._backend = rendezvous.backend
         try:
@@ -314,11 +331,6 @@ def _own_address(host: str, port: int) -> str:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
         return str(probe.getsockname()[0])
-
-
-def _held_as(name: str, member: int) -> bytes:
-    """What a member announces to hold: a data group is of use only under the same number."""
-    return f"{name}#{member}".encode() if name else b""
 
 
 def _line(error: BaseException) -> str:

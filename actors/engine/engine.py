@@ -6,9 +6,10 @@ receive    meet, agree (publish thread, the loop goes on) ─▶ hold ─▶ tra
 
 import asyncio
 import functools
+import gc
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from vtriune.config.tree import Config
 from vtriune.data.processing import Preprocessor
 from vtriune.data.schema import Sample
 from vtriune.messages import Canary, Group, Lease, PublishOrder, PublishReport, SampleRef, Sampling, Trajectory
-from vtriune.weight_group import Deadline, Meeting, Proposal
+from vtriune.weight_group import Deadline, Meeting, Proposal, PublishFailure, Receipt, held_as
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -157,20 +158,20 @@ class Engine:
         )
 
     def _receive(self, order: PublishOrder) -> PublishReport:
-        start = time.monotonic()
+        start, mode = time.monotonic(), self.in_flight
         meeting = Meeting(order.rendezvous, order.member, Deadline(order.deadline_s))
-        is_drained = self.in_flight == "drain"
         # Draining takes as long as the longest completion: begun before the others are there.
-        held = self._loop.hold(drain=True) if is_drained else None
+        held = self._loop.hold(drain=True) if mode == "drain" else None
         try:
             proposal = meeting.arrive(self._group)
             with meeting.phase("agree"):
                 self._expectation.match(proposal.manifest.entries, full=order.full)
             meeting.consent()
             with meeting.phase("transfer"):
-                (held or self._loop.hold(drain=False)).result(timeout=meeting.deadline.left_s)
-                receipt, num_bytes = self._loop.call(lambda: self._load(meeting, proposal)).result()
+                self._stand_still(held or self._loop.hold(drain=False), meeting.deadline)
+                receipt, num_bytes = self._loop.call(lambda: self._load(meeting, proposal, mode)).result()
         except BaseException:
+            # Also when the process is ending: whoever waits in the data group is set free by leaving it.
             self._group = ""
             self._loop.call(self._core.leave_group)
             raise
@@ -181,29 +182,43 @@ class Engine:
         elapsed = time.monotonic() - start
         return PublishReport(order.version, receipt.num_tensors, num_bytes, receipt.checksum, elapsed, pause.result())
 
-    def _load(self, meeting: Meeting, proposal: Proposal) -> tuple[Any, int]:
+    def _stand_still(self, held: "Future[None]", deadline: Deadline) -> None:
+        try:
+            held.result(timeout=deadline.left_s)
+        except TimeoutError:
+            running = self._loop.num_running
+            raise PublishFailure(
+                "transfer", f"{running} completions have not drained within {deadline.seconds:g} s"
+            ) from None
+
+    def _load(self, meeting: Meeting, proposal: Proposal, mode: InFlight) -> tuple[Receipt, int]:
         """In the loop's thread, nothing running or all of it standing still."""
-        receipt, num_bytes = self._core.load(meeting, proposal.group, proposal.manifest)
-        self._group = proposal.group
+        loaded: tuple[Receipt, int] = self._core.load(meeting, proposal.group, proposal.manifest)
+        self._group = held_as(proposal.group, meeting.member)
         version = proposal.manifest.version
         try:
-            self._core.begin_version(version, recompute=self.in_flight == "recompute")
+            self._core.begin_version(version, recompute=mode == "recompute")
         except Exception as error:
             # New weights with caches of the old ones: nothing sampled from here on could be trusted.
             raise EngineBroken(f"the caches could not be reset after loading version {version}: {error}") from error
         self._loop.version = version
-        return receipt, num_bytes
+        return loaded
 
 
 def _core(config: Config, preprocessor: Preprocessor, rank: int) -> Any:
     """vLLM is imported here, after its environment is set."""
     environment.settle(config.cluster.generators)
-    from actors.engine.core import VllmCore
+    # Six thousand modules: nothing of it is garbage, and looking for some takes a tenth of the start.
+    gc.disable()
+    try:
+        from actors.engine.core import VllmCore
 
-    return VllmCore(
-        config,
-        pad_token_ids=preprocessor.pad_token_ids,
-        end_token_ids=preprocessor.end_token_ids,
-        mm_processor_kwargs=preprocessor.mm_processor_kwargs(),
-        seed=config.run.seed * 1009 + rank,
-    )
+        return VllmCore(
+            config,
+            pad_token_ids=preprocessor.pad_token_ids,
+            end_token_ids=preprocessor.end_token_ids,
+            mm_processor_kwargs=preprocessor.mm_processor_kwargs(),
+            seed=config.run.seed * 1009 + rank,
+        )
+    finally:
+        gc.enable()

@@ -68,7 +68,8 @@ class GroupTransferEngine(WeightTransferEngine[GroupInitInfo, GroupUpdateInfo]):
         info = init_info
         self._deadline = Deadline(info.deadline_s)
         self.checksum = Checksum()
-        if get_tp_group().rank_in_group != 0 or (self._group is not None and self._group.name == info.group):
+        held = None if self._group is None else (self._group.name, self._group.member)
+        if get_tp_group().rank_in_group != 0 or held == (info.group, info.member):
             return
         self.shutdown()
         rendezvous = Rendezvous(info.host, info.port, info.num_members, info.backend)

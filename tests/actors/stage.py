@@ -42,6 +42,7 @@ class StagedGenerator(Generator):
         environment.settle(self._config.cluster.generators)
         engine = Engine(self._config, preprocessor_of(self._config), Rows(), 0)
         self._slow_down(engine)
+        self._watch_preemptions(engine)
         return engine
 
     def _slow_down(self, engine: Any) -> None:
@@ -52,6 +53,22 @@ class StagedGenerator(Generator):
             return step()
 
         engine._core.step = slower
+
+    def _watch_preemptions(self, engine: Any) -> None:
+        scheduler = engine._core._client.engine_core.scheduler
+        preempt = scheduler._preempt_request
+        self._num_preemptions = 0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._num_preemptions += 1
+            return preempt(*args, **kwargs)
+
+        scheduler._preempt_request = counted
+
+    @endpoint
+    async def num_preemptions(self) -> int:
+        """Requests the scheduler took the blocks from, since the start."""
+        return self._num_preemptions
 
     @endpoint
     async def sample(self, lease: Lease) -> Group:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -99,6 +99,7 @@ def test_a_tensor_sent_twice_is_refused(expectation: Expectation) -> None:
         expectation.match([*full, full[0]], full=True)
 
 
+@settings(deadline=None)
 @given(st.sets(st.sampled_from(sorted({**STATE, **HEAD}))))
 def test_a_full_publish_fits_only_when_it_is_full(chosen: set[str]) -> None:
     import tempfile

@@ -1,0 +1,79 @@
+"""What a generator does with a sampled group while verifier processes come and go."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.generator import CircuitOpen, Generator, NotReady
+from tests.actors.worlds import lease
+from vtriune.config.tree import Config
+from vtriune.messages import Group, GroupReport
+from vtriune.runtime import ActorError, MeshFailure
+from vtriune.transport.wire import FailureNote
+
+GROUP = Group(lease(5, 0), np.arange(3, dtype=np.int32), [], 0)
+REPORT = GroupReport(5, 0, "rows", 0, 0, 0, [], 0, 0, 0.0, 0.0)
+DEAD = MeshFailure(FailureNote("verifiers", 1, "host", 42, "exit", detail="killed by SIGKILL"))
+
+
+class Verifiers:
+    """A mesh whose `score.choose` goes through `outcomes`."""
+
+    def __init__(self, *outcomes: Any) -> None:
+        self.score = self
+        self.outcomes = list(outcomes)
+        self.seen: list[Group] = []
+
+    async def choose(self, group: Group) -> GroupReport:
+        self.seen.append(group)
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome  # type: ignore[no-any-return]
+
+
+def generator(verifiers: Verifiers, **policy: Any) -> Generator:
+    from vtriune.config.tree import Policy
+
+    return Generator(Config(policy=Policy(**policy)), [], verifiers, 0)  # type: ignore[arg-type]
+
+
+async def test_a_group_whose_verifier_dies_is_scored_by_another(caplog: pytest.LogCaptureFixture) -> None:
+    verifiers = Verifiers(DEAD, DEAD, REPORT)
+    with caplog.at_level(logging.WARNING):
+        assert await generator(verifiers)._scored(GROUP) is REPORT
+    assert verifiers.seen == [GROUP] * 3
+    assert [record.getMessage().startswith("group 5 is scored again") for record in caplog.records] == [True, True]
+
+
+async def test_the_wait_for_a_verifier_ends_with_the_lease() -> None:
+    with pytest.raises(MeshFailure):
+        await generator(Verifiers(*[DEAD] * 5), lease_s=0.06)._scored(GROUP)
+
+
+async def test_a_verifier_that_fails_on_most_answers_has_a_name_of_its_own() -> None:
+    broken = ActorError("score at verifiers", "verifiers.breaker.FaultRateError", "60% of the last 64 verdicts", "")
+    with pytest.raises(CircuitOpen, match="60% of the last 64"):
+        await generator(Verifiers(broken))._scored(GROUP)
+
+
+async def test_any_other_remote_error_goes_on_to_the_controller_at_once() -> None:
+    refused = ActorError("score at verifiers", "vtriune.data.schema.DataError", "row of other data", "")
+    with pytest.raises(ActorError, match="row of other data"):
+        await generator(Verifiers(refused, REPORT))._scored(GROUP)
+
+
+async def test_without_an_engine_every_endpoint_says_so() -> None:
+    idle = generator(Verifiers())
+    with pytest.raises(NotReady, match="call ready"):
+        await idle.generate(lease(1, 0))
+    with pytest.raises(NotReady):
+        await idle.stats()
+    await idle.close()
+
+
+async def test_an_unknown_in_flight_mode_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'abort' is none of continue, recompute, drain"):
+        await generator(Verifiers()).set_in_flight("abort")
