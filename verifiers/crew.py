@@ -61,7 +61,8 @@ class Crew:
         self._again: asyncio.Queue[_Ask] = asyncio.Queue()
         self._ready: asyncio.Queue[Worker] = asyncio.Queue()
         self._workers: set[Worker] = set()
-        self._num_detached = 0
+        self._slow: dict[Worker, bool] = {}
+        """Workers that keep a slow job, and whether the lane got another in their place."""
         self._retry_slots = asyncio.Semaphore(max(1, num_slow))
         self._tasks: set[asyncio.Task[None]] = set()
         self._asks: set[_Ask] = set()
@@ -128,7 +129,7 @@ class Crew:
                 continue
             worker = await self._ready.get()
             while worker.reader.at_eof():
-                await self._retire(worker, was_slow=False)
+                await self._retire(worker)
                 worker = await self._ready.get()
             attempt = self._watch(self._attempt(ask, worker, is_first=True))
             await asyncio.wait({attempt}, timeout=PATIENCE_S)
@@ -159,16 +160,16 @@ class Crew:
             failure = f"no answer within rewards.deadline_s = {self._deadline_s:g} s"
         except (WireError, OSError) as error:
             failure = str(error)
-        was_slow = detach is not None and detach.when() <= loop.time()
+        # What counts is whether `_detach` ran, not whether its time has come: cancelled when due, it has replaced nobody.
         if detach is not None:
             detach.cancel()
         if result is not None:
             self._metrics.num_by_workers += 1
             self._deliver(ask, _outcome(result))
-            if is_first and not was_slow and not result.is_spent:
+            if is_first and worker not in self._slow and not result.is_spent:
                 self._ready.put_nowait(worker)
                 return
-        how = await (self._retire(worker, was_slow) if is_first else self._end(worker))
+        how = await (self._retire(worker) if is_first else self._end(worker))
         if ask.answer.done():
             return
         if is_first:
@@ -180,15 +181,15 @@ class Crew:
     def _detach(self, worker: Worker) -> None:
         """A slow job keeps its worker; the lane gets another, while the limit allows."""
         worker.yield_cpu()
-        self._num_detached += 1
-        if self._num_detached <= self._num_slow:
+        is_replaced = len(self._slow) < self._num_slow
+        self._slow[worker] = is_replaced
+        if is_replaced:
             self._watch(self._add_worker())
 
-    async def _retire(self, worker: Worker, was_slow: bool) -> str:
+    async def _retire(self, worker: Worker) -> str:
         """End a worker; how it had ended, if by itself. It is replaced unless that happened when it became slow."""
+        is_replaced = self._slow.pop(worker, False)
         how = await self._end(worker)
-        is_replaced = was_slow and self._num_detached <= self._num_slow
-        self._num_detached -= was_slow
         if not is_replaced:
             await self._add_worker()
         return how

@@ -14,9 +14,12 @@ import pytest_asyncio
 
 from verifiers import RewardOptions, RewardSpec, score_batch
 from verifiers.breaker import FaultRateError
-from verifiers.crew import CrewError
+from verifiers.crew import PATIENCE_S, Crew, CrewError
 from verifiers.nursery import NurseryDied
 from verifiers.pool import VerifierPool
+from verifiers.pool_metrics import PoolMetrics
+from verifiers.registry import Outcome
+from verifiers.wire import Job, Result, Setup
 
 DEADLINE_S = 1.5
 HALF = RewardSpec(ground_truth=r"\boxed{\frac{1}{2}}")
@@ -129,6 +132,50 @@ async def test_a_killed_worker_loses_no_answer(pool: VerifierPool) -> None:
     for pid in pool.worker_pids:
         os.kill(pid, signal.SIGKILL)
     assert {verdict.status for verdict in await work} == {"ok"}
+
+
+class LateWorker:
+    """Answers in the same turn of the loop in which its patience runs out, before the timer has been heard."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.reader = self
+
+    def at_eof(self) -> bool:
+        return False
+
+    def yield_cpu(self) -> None:
+        pass
+
+    async def ask(self, job: Job) -> Result:
+        await asyncio.sleep(PATIENCE_S - 0.03)
+        time.sleep(0.06)  # noqa: ASYNC251  the busy loop is the point
+        return Result(job.number, Outcome(1.0))
+
+
+class LateNursery:
+    """Forks late workers."""
+
+    async def spawn(self) -> LateWorker:
+        return LateWorker()
+
+    async def end(self, worker: LateWorker) -> str:
+        return ""
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_an_answer_as_late_as_its_patience_leaves_no_lane_without_a_worker() -> None:
+    crew = Crew(1, 16, Setup(OPTIONS, 2**30, ()), 5.0, PoolMetrics())
+    crew._nursery = LateNursery()  # type: ignore[assignment]
+    await crew._add_worker()
+    crew._watch(crew._run_lane())
+    for _ in range(3):
+        async with asyncio.timeout(5):
+            assert await crew.score("x", HALF, 1.0) == Outcome(1.0)
+    await crew.close()
 
 
 async def test_a_killed_nursery_loses_no_answer(pool: VerifierPool) -> None:
