@@ -89,7 +89,7 @@ class Controller:
         """Take up again from a complete checkpoint, before `run`."""
         state = self._snapshots.read(folder)
         await self._learner.load.call(str(folder))
-        self.leasing.restore(state.ledger, state.cursor, state.version)
+        self.leasing.restore(state.ledger, state.cursor, state.version, state.num_filtered)
         self.num_updates = state.num_updates
         await self._recorder.truncate_after.call_one(state.version)
         log.info("resumed at version %d from %s", state.version, folder)
@@ -156,6 +156,7 @@ class Controller:
             metrics = await self._train_on(batch)
             metrics |= await self._publisher.publish(self.window.version + 1)
             metrics |= self._finish_version(batch, waited, time.monotonic() - started)
+            metrics |= await self._fleet.figures()
             metrics |= await self._evaluate(self._is_evaluation_due())
             await self._record(self.window.version, batch, metrics)
             await self._save(is_last=False)
@@ -265,6 +266,10 @@ class Controller:
         if not self._snapshots.is_due(self.window.version, is_last=is_last):
             return
         state = RunState(
-            self.window.version, self.num_updates, self.leasing.ledger.state(), self.leasing.cursor.state_dict()
+            self.window.version,
+            self.num_updates,
+            self.leasing.ledger.state(),
+            self.leasing.cursor.state_dict(),
+            self.window.num_filtered,
         )
         await self._snapshots.write(state, self._learner)

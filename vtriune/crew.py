@@ -72,8 +72,9 @@ class Crew:
         self._say = say
         self._procs: list[ProcMesh] = []
         generators = config.cluster.generators
-        # One group more than the engine can run at once, so that it never waits for the controller's next lease.
-        room = generators.max_sequences + config.policy.group_size
+        # Twice what the engine can run at once: a group keeps its places until its last completion ends, so with fewer the engine
+        # runs half empty behind each group's longest completion. Waiting completions have no token yet, so they do not age.
+        room = 2 * max(generators.max_sequences, config.policy.group_size)
         self.fleet = Fleet(generators.procs, room, generators.restarts, self._spawn_generator, lambda: self.on_change())
         self._canary = _canary(stores[-1], preprocessor)
         self._failures: asyncio.Queue[Exception] = asyncio.Queue()

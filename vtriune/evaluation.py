@@ -59,8 +59,8 @@ class Evaluation:
                 if engine is not None:
                     sample = waiting.popleft()
                     lease = Lease(next(self._ids), 0, sample, 1, sampling, purpose="evaluate", progress=1.0)
+                    self._fleet.reserve(engine, lease)
                     running[asyncio.create_task(self._fleet.generate(engine, lease))] = sample, engine
-                    await asyncio.sleep(0)
                 elif not running:
                     await wait_for_engine()
                     continue

@@ -98,9 +98,12 @@ class Fleet:
             return None
         return engine
 
-    async def generate(self, engine: Engine, lease: Lease) -> GroupReport:
-        """Have `engine` generate one group and see it scored and delivered. Raises what the actor raises."""
+    def reserve(self, engine: Engine, lease: Lease) -> None:
+        """Take the lease's room at once, so that whoever leases many groups in a row spreads them; `generate` frees it."""
         engine.num_leased += lease.num_completions
+
+    async def generate(self, engine: Engine, lease: Lease) -> GroupReport:
+        """Have `engine` generate a reserved group and see it scored and delivered. Raises what the actor raises."""
         try:
             report: GroupReport = await engine.actor.generate.call_one(lease)
             self.on_report()
@@ -108,6 +111,16 @@ class Fleet:
         finally:
             engine.num_leased -= lease.num_completions
             self._on_change()
+
+    async def figures(self) -> dict[str, float]:
+        """Means over the healthy engines since the last call: `generators/idle_share`, `generators/tokens_per_s` and so on."""
+        answers = await asyncio.gather(
+            *(_awaited(e.actor.stats.call_one()) for e in self.healthy), return_exceptions=True
+        )
+        # An engine that dies now is buried by whoever waits for its work.
+        known = [answer for answer in answers if isinstance(answer, dict)]
+        keys = ("idle_share", "tokens_per_s", "tokens_per_step")
+        return {f"generators/{key}": sum(answer[key] for answer in known) / len(known) for key in keys if known}
 
     def bury(self, engine: Engine, reason: str) -> None:
         """The engine's process ended or no longer answers. Idempotent per incarnation."""
@@ -146,3 +159,7 @@ class Fleet:
         if engine.spawned is not None:
             spawned, engine.spawned = engine.spawned, None
             await spawned.procs.stop()
+
+
+async def _awaited(future: Any) -> Any:
+    return await future

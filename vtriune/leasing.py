@@ -61,7 +61,9 @@ class Leasing:
                     continue
                 deadline = time.monotonic() + self._config.policy.lease_s
                 attempt = self.ledger.lease(group.group_id, engine.rank, deadline)
-                following.create_task(self._follow(engine, self._lease(group, attempt)))
+                lease = self._lease(group, attempt)
+                self._fleet.reserve(engine, lease)
+                following.create_task(self._follow(engine, lease))
 
     def reissue_overdue(self) -> None:
         """Leases past their deadline are lost; called every second."""
@@ -74,11 +76,11 @@ class Leasing:
         self._num_completions = self._num_tokens = 0
         return counts
 
-    def restore(self, state: LedgerState, cursor: dict[str, object], version: int) -> None:
+    def restore(self, state: LedgerState, cursor: dict[str, object], version: int, num_filtered: int) -> None:
         """Take up again from a checkpoint."""
         self.ledger.restore(state)
         self.cursor.load_state_dict(cursor)
-        self.window.restore(version, self.ledger.bounds())
+        self.window.restore(version, self.ledger.bounds(), num_filtered)
 
     def _next_group(self) -> OpenGroup | None:
         """The oldest group without a generator, else a new one if the window admits it."""

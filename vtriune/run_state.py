@@ -27,6 +27,8 @@ class RunState(msgspec.Struct):
     num_updates: int
     ledger: LedgerState
     cursor: dict[str, Any]
+    num_filtered: int
+    """Groups filtered for the batch that is to come."""
 
 
 class Snapshots:

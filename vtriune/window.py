@@ -2,18 +2,19 @@
 
 Pure logic, no I/O, no clock; called by the controller alone.
 
-Let P be the groups of a rollout batch, S the target staleness, W the look-ahead, m the hard bound. Batch u is what the
+Let P be the groups of a rollout batch, m the hard bound, W the look-ahead. Batch u is what the
 learner trains on at version u; publishing it makes version u + 1.
 
-**Admission.** A group is admitted while fewer than B = (S + 1)·P groups are active. A slot is released when the version
+**Admission.** A group is admitted while fewer than B = (m + 1)·P − (W − 1) groups are active: what overtaking may use up of the
+bound is not used for running ahead, group by group. A slot is released when the version
 trained on its group is published, or at once when the group is filtered or lost. With a filter, at most `max_oversample`·P
 groups are generated for one batch; then the batch is cut from what is left, short or even empty.
 
 **Cut.** Oldest first among the scored groups; at most W − 1 younger groups may overtake the oldest one that is left.
 
-**The bound.** Let group g be admitted at version a as the n-th active group, n < (S + 1)·P. Of the groups consumed before
-it at most n are older and still active at a, and at most W − 1 are younger. So g is in batch a + ⌊(n + W − 1)/P⌋ at the
-latest, and its staleness is at most S + ⌈(W − 1)/P⌉ ≤ m, since no engine samples for it at a version below a.
+**The bound.** Let group g be admitted at version a as the n-th active group, n < B. Of the groups consumed before it at most n
+are older and still active at a, and at most W − 1 are younger. So g is in batch a + ⌊(n + W − 1)/P⌋ at the latest, and its
+staleness is at most ⌊((m + 1)·P − 1)/P⌋ = m, since no engine samples for it at a version below a.
 
 That argument needs full batches and constant S and W. Short batches (a filter that leaves too few, the end of the data)
 and live switches are covered by one invariant, kept by every cut, from which the bound follows for each group alone:
@@ -26,7 +27,7 @@ the oldest-first one, which keeps the invariant.
 """
 
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -43,15 +44,16 @@ class Limits(NamedTuple):
 
 
 def derive_limits(mode: Mode, max_staleness: int | None, look_ahead: int | None, rollout_batch: int) -> Limits:
-    """S and W with S + ⌈(W − 1)/P⌉ ≤ m. On-policy all are zero overtaking; off-policy m defaults to 2.
+    """W, and S = m − ⌈(W − 1)/P⌉, the whole versions left to run ahead. On-policy all are zero; off-policy m defaults to 2.
 
-    Without a `look_ahead` of the user's, m ≥ 2 spends one version of the bound on overtaking (W = P + 1: a whole batch may
-    pass a slow group), m ≤ 1 spends all of it on running ahead. Raises ValueError when `look_ahead` leaves no room for S.
+    Without a `look_ahead` of the user's, m ≥ 2 spends a quarter of a batch on overtaking (W = P/4 + 1), m ≤ 1 spends all of it on
+    running ahead. (With a whole batch of overtaking at m = 2, a version starts a batch only after the one before: a third less
+    throughput where the learner is faster than the longest completion.) Raises ValueError when `look_ahead` exceeds m·P + 1.
     """
     if mode == "on_policy":
         return Limits(0, 1, 0)
     bound = 2 if max_staleness is None else max_staleness
-    width = look_ahead if look_ahead is not None else (rollout_batch + 1 if bound >= 2 else 1)
+    width = look_ahead if look_ahead is not None else (rollout_batch // 4 + 1 if bound >= 2 else 1)
     overtaking = -(-(width - 1) // rollout_batch)
     if overtaking > bound:
         raise ValueError(
@@ -89,7 +91,7 @@ class Window:
     @property
     def capacity(self) -> int:
         """B."""
-        return (self.limits.target_staleness + 1) * self.rollout_batch
+        return (self.limits.max_staleness + 1) * self.rollout_batch - (self.limits.look_ahead - 1)
 
     @property
     def num_active(self) -> int:
@@ -108,7 +110,10 @@ class Window:
 
     def can_admit(self) -> bool:
         """Whether the next `admit` is allowed."""
-        return not self._is_closed and self.num_active < self.capacity and not self._is_budget_used()
+        if self._is_closed or self.num_active >= self.capacity or self._is_budget_used():
+            return False
+        # The invariant, for the group to come: last in line, its version at consumption stays within its bound.
+        return self.is_training + len(self._waiting) // self.rollout_batch <= self.limits.max_staleness
 
     def admit(self, group_id: int) -> None:
         """Take a slot. Raises ValueError when none is free or `group_id` is not above all earlier ones."""
@@ -150,8 +155,10 @@ class Window:
         """
         if self._training is not None:
             return None
+        if self._num_scored < self.rollout_batch and not self._may_be_short():
+            return None
         batch = self._oldest_scored()
-        if len(batch) < self.rollout_batch and not self._may_be_short(batch):
+        if len(batch) < self.rollout_batch and not self._may_be_short():
             return None
         taken = set(batch)
         rest = (entry for group_id, entry in self._waiting.items() if group_id not in taken)
@@ -182,13 +189,18 @@ class Window:
         """How many younger groups have been consumed before the oldest waiting one."""
         return len(self._ahead)
 
-    def restore(self, version: int, bounds: Mapping[int, int]) -> None:
+    @property
+    def num_filtered(self) -> int:
+        """Groups filtered since the last cut: what of the oversampling is used."""
+        return self._num_filtered
+
+    def restore(self, version: int, bounds: Mapping[int, int], num_filtered: int) -> None:
         """Take up again at `version` with the waiting groups of a checkpoint, group id → bound, oldest first.
 
         They come back unscored and in their slots, so that a resume admits nothing that was not free before. Engines
         generate them anew at `version`, which is where their staleness is counted from.
         """
-        self.version, self._num_scored = version, 0
+        self.version, self._num_scored, self._num_filtered = version, 0, num_filtered
         self._waiting = {group_id: _Entry(version, bound) for group_id, bound in bounds.items()}
 
     def _oldest_scored(self) -> list[int]:
@@ -210,17 +222,15 @@ class Window:
                 break
         return batch
 
-    def _may_be_short(self, batch: Sequence[int]) -> bool:
-        if self._is_closed:
-            return bool(batch) and len(batch) == len(self._waiting)
-        return self._num_scored + self._num_filtered >= self.max_oversample * self.rollout_batch
+    def _may_be_short(self) -> bool:
+        """Nothing more will come for this batch: none may be admitted, and no waiting group is still on its way."""
+        if self._num_scored < len(self._waiting):
+            return False
+        return bool(self._waiting) if self._is_closed else self._is_budget_used()
 
     def _is_budget_used(self) -> bool:
         """Groups generated or in generation for this batch and the S that run ahead. Never binds without a filter."""
-        return (
-            len(self._waiting) + self._num_filtered
-            >= (self.max_oversample + self.limits.target_staleness) * self.rollout_batch
-        )
+        return len(self._waiting) + self._num_filtered >= self.capacity + (self.max_oversample - 1) * self.rollout_batch
 
     def _is_feasible(self, rest: Iterable[_Entry], next_version: int) -> bool:
         return all(

@@ -113,6 +113,10 @@ class FakeGenerator:
     async def canary(self, _: Canary) -> list[float]:
         return [-1.0, -2.0, -3.0]
 
+    async def stats(self) -> dict[str, float]:
+        self.check_alive()
+        return {"idle_share": 0.25, "tokens_per_s": 1.0, "tokens_per_step": 1.0}
+
     def check_alive(self) -> None:
         if self.is_dead:
             raise MeshFailure(FailureNote("generator", self.rank, "here", 1, "signal", signal=9))

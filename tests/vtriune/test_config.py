@@ -57,6 +57,10 @@ def test_a_learning_rate_without_a_dot_is_a_number(tmp_path: Path) -> None:
     assert load(written(tmp_path, ""), ["optimizer.lr=5E-7"]).optimizer.lr == 5e-7
 
 
+def test_off_means_off(tmp_path: Path) -> None:
+    assert load(written(tmp_path, ""), ["tracking.wandb=off"]).tracking.wandb == "off"
+
+
 @pytest.mark.parametrize("item", ["policy", "policy.mode", "mode=on_policy", "policy.mode.x=1"])
 def test_an_override_that_is_no_assignment_is_refused(tmp_path: Path, item: str) -> None:
     with pytest.raises(ConfigError):

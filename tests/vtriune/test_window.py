@@ -90,7 +90,7 @@ class Simulation(RuleBasedStateMachine):
             return
         fresh = Window(self.window.limits, self.window.rollout_batch, max_oversample=self.window.max_oversample)
         waiting = [g for g in self.admitted if g not in self.ended]
-        fresh.restore(self.window.version, {g: self.admitted[g][1] for g in waiting})
+        fresh.restore(self.window.version, {g: self.admitted[g][1] for g in waiting}, self.window.num_filtered)
         assert fresh.num_active == self.window.num_active
         assert fresh.can_admit() == self.window.can_admit()
         self.window = fresh

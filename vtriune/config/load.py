@@ -73,7 +73,7 @@ def _convert(tree: Mapping[str, Any], where: str) -> Config:
         raise ConfigError("\n".join(f"{where}: {line}" for line in unknown))
     try:
         # strict=False would turn "2" into 2 and hide typing slips; 1 for a float is accepted in strict mode too.
-        return msgspec.convert(_numbers_as_yaml_1_2(tree), Config)
+        return msgspec.convert(_as_yaml_1_2(tree), Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {_readable(str(error))}") from error
 
@@ -96,12 +96,12 @@ def _unknown_keys(tree: Any, struct: type, prefix: str) -> Iterable[str]:
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
-def _numbers_as_yaml_1_2(value: Any) -> Any:
-    """YAML 1.1 reads `1e-6` as a string; everybody who writes a learning rate means the number."""
+def _as_yaml_1_2(value: Any) -> Any:
+    """YAML 1.1 reads `1e-6` as a string and `wandb: off` as false; nobody means that."""
     if isinstance(value, Mapping):
-        return {key: _numbers_as_yaml_1_2(item) for key, item in value.items() if item is not None or key != ""}
+        return {key: "off" if key == "wandb" and item is False else _as_yaml_1_2(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_numbers_as_yaml_1_2(item) for item in value]
+        return [_as_yaml_1_2(item) for item in value]
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
     return value
