@@ -48,7 +48,7 @@ class Schedule(msgspec.Struct, frozen=True):
     @property
     def leased_completions(self) -> int:
         """Room of an engine."""
-        return self.room if self.room is not None else self.max_sequences + self.group_size
+        return self.room if self.room is not None else 2 * max(self.max_sequences, self.group_size)
 
     @property
     def generation_s(self) -> float:

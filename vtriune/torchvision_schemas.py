@@ -25,9 +25,9 @@ def define_missing_schemas() -> None:
     Idempotent, and a no-op where the compiled operators are present. Call before `import transformers`' processors.
     """
     if "torchvision" not in sys.modules and not _definitions and not _compiled_operators_load():
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for name in ("nms", "qnms"):
-            library.define(name + _SIGNATURE)
+            library.define(name + _SIGNATURE)  # type: ignore[no-untyped-call]
         _definitions.append(library)
     for package in ("torchaudio", "torchcodec"):
         _hide_unloadable(package)
@@ -40,7 +40,7 @@ def _compiled_operators_load() -> bool:
         return True
     for path in pathlib.Path(next(iter(spec.submodule_search_locations))).glob("_C*.so"):
         try:
-            torch.ops.load_library(str(path))
+            torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         except OSError:
             return False
         return True
