@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -51,7 +51,7 @@ class Job:
         path = self.run_folder / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-    def wait_for(self, is_so: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
+    def wait_for(self, is_so: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
         end = time.monotonic() + timeout_s
         while not is_so():
             assert self.process.poll() is None, f"ended while waiting for {what}:\n{self.text()}"
@@ -77,6 +77,12 @@ class Job:
     def text(self) -> str:
         return self.output.read_text()[-6000:]
 
+    def end(self) -> None:
+        """Whatever a failed test leaves running."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
     def left_behind(self) -> list[int]:
         return [
             pid
@@ -92,9 +98,23 @@ def role_of(process: psutil.Process) -> str:
         return ""
 
 
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """Starts jobs over one run folder; none outlives the test."""
+    jobs: list[Job] = []
+
+    def start_one(*overrides: str) -> Job:
+        jobs.append(Job(tmp_path, *overrides))
+        return jobs[-1]
+
+    yield start_one
+    for job in jobs:
+        job.end()
+
+
 @pytest.mark.timeout(420)
-def test_a_run_stopped_by_ctrl_c_resumes_and_ends_with_everything_it_promises(tmp_path: Path) -> None:
-    job = Job(tmp_path, "run.steps=4")
+def test_a_run_stopped_by_ctrl_c_resumes_and_ends_with_everything_it_promises(start: Callable[..., Job]) -> None:
+    job = start("run.steps=4")
     job.wait_for_version(1)
     os.kill(job.process.pid, signal.SIGINT)
     assert job.finish(60) == 0, job.text()
@@ -103,7 +123,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_and_ends_with_everything_it_promises(tm
     assert (job.run_folder / "checkpoints" / f"step-{stopped_at:.0f}" / "manifest.json").is_file()
     assert job.left_behind() == []
 
-    again = Job(tmp_path, "run.steps=4")
+    again = start("run.steps=4")
     assert again.finish() == 0, again.text()
     lines = again.lines()
     assert [line["version"] for line in lines] == [0, 1, 2, 3, 4]
@@ -130,25 +150,29 @@ def test_a_run_stopped_by_ctrl_c_resumes_and_ends_with_everything_it_promises(tm
 
 
 @pytest.mark.timeout(420)
-def test_off_policy_stays_within_its_bound_and_survives_a_killed_generator(tmp_path: Path) -> None:
-    job = Job(tmp_path, "run.steps=10", "policy.mode=off_policy", "policy.max_staleness=2", "evaluation.before=false")
+def test_off_policy_stays_within_its_bound_and_survives_a_killed_generator_and_verifier(
+    start: Callable[..., Job],
+) -> None:
+    job = start("run.steps=12", "policy.mode=off_policy", "policy.max_staleness=2", "evaluation.before=false")
     job.wait_for_version(2)
     os.kill(job.pid_of("generator"), signal.SIGKILL)
+    job.wait_for_version(6)
+    os.kill(job.pid_of("vtriune verifiers"), signal.SIGKILL)
     assert job.finish() == 0, job.text()
     lines = job.lines()
-    assert [line["version"] for line in lines] == list(range(1, 11))
+    assert [line["version"] for line in lines] == list(range(1, 13))
     staleness = [line["staleness/max"] for line in lines]
     assert 0 < max(staleness) <= 2
     assert lines[-1]["generators/deaths"] == 1
-    assert lines[-1]["ledger/consumed"] == 80
+    assert lines[-1]["ledger/consumed"] == 96
     assert lines[-1]["ledger/lost"] == 0
     assert all(line["mismatch/max_abs"] <= 1e-4 for line in lines)
     assert job.left_behind() == []
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_learner_ends_the_run_with_a_report_and_leaves_nothing(tmp_path: Path) -> None:
-    job = Job(tmp_path, "run.steps=50", "evaluation.before=false")
+def test_a_killed_learner_ends_the_run_with_a_report_and_leaves_nothing(start: Callable[..., Job]) -> None:
+    job = start("run.steps=50", "evaluation.before=false")
     job.wait_for_version(1)
     killed_at = time.monotonic()
     os.kill(job.pid_of("learner"), signal.SIGKILL)
@@ -161,16 +185,16 @@ def test_a_killed_learner_ends_the_run_with_a_report_and_leaves_nothing(tmp_path
 
 
 @pytest.mark.timeout(60)
-def test_a_mistyped_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    job = Job(tmp_path, "policy.rolout_batch=3")
+def test_a_mistyped_key_is_refused_before_anything_starts(start: Callable[..., Job]) -> None:
+    job = start("policy.rolout_batch=3")
     assert job.finish(30) == 2
     assert "did you mean policy.rollout_batch?" in job.text()
     assert not job.run_folder.exists()
 
 
 @pytest.mark.timeout(120)
-def test_a_dry_run_checks_everything_and_starts_no_engine(tmp_path: Path) -> None:
-    job = Job(tmp_path, "--dry-run")
+def test_a_dry_run_checks_everything_and_starts_no_engine(start: Callable[..., Job]) -> None:
+    job = start("--dry-run")
     assert job.finish(100) == 0, job.text()
     assert "fit to run" in job.text()
     assert not job.run_folder.exists()
