@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
 import logging
 import queue
@@ -16,22 +17,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vtriune.runtime import context
-from vtriune.runtime.actor import Actor, Endpoint, Signature, load_class
+from vtriune.runtime.actor import Actor, Endpoint, load_class
 from vtriune.runtime.bootstrap import SpawnRequest
 from vtriune.runtime.failure import note_from_error
+from vtriune.runtime.invocation import construct, pack_result, refusal, start_now, unpack
 from vtriune.runtime.node import SYSTEM, Node
 from vtriune.runtime.shape import Extent, Point
 from vtriune.runtime.stacks import own_stacks
 from vtriune.transport.codec import Payload, Schema, pack
-from vtriune.transport.errors import DeadlineExceeded, MeshFailure, MessageRefused
+from vtriune.transport.errors import DeadlineExceeded, MeshFailure
 from vtriune.transport.inbox import Session
-from vtriune.transport.wire import Call, ErrorNote, FailureNote, Limits, WireError
+from vtriune.transport.wire import Call, ErrorNote, FailureNote, WireError
 
 logger = logging.getLogger("vtriune.runtime")
 
 
 SPAWN = Schema(("request",), (SpawnRequest,))
 STOP = Schema(("actor_id",), (str,))
+
+_EXPECT_S = 5.0
 
 _Early = tuple[Session, Call, Sequence[Any]]
 
@@ -70,7 +74,7 @@ class ActorHost:
             actor, error = None, None
             try:
                 cls = load_class(request.class_path)
-                actor = _construct(cls, request)
+                actor = construct(cls, request)
             except Exception as failure:
                 # A constructor may raise anything; it goes to whoever spawned the actor.
                 error = note_from_error(failure)
@@ -87,6 +91,7 @@ class ActorHost:
         on_done(error)
         for item in early:
             self.accept(*item)
+        self._hosting.node.reactor.run_deferred()
 
     # ---- calls
 
@@ -99,26 +104,31 @@ class ActorHost:
         if self._error is not None:
             self._end(session, call, self._error)
         elif not isinstance(declared, Endpoint):
-            self._end(session, call, _refusal(f"{self.class_path} has no endpoint {call.endpoint!r}"))
+            self._end(session, call, refusal(f"{self.class_path} has no endpoint {call.endpoint!r}"))
         elif declared.is_async:
-            task = self.loop.create_task(self._run_async(session, call, frames, declared))
-            self._running[session, call.id] = task
+            self._hosting.node.reactor.defer(lambda: self._start_async(session, call, frames, declared))
         else:
             item = _SyncCall()
             self._running[session, call.id] = item
             self._work.put(lambda: self._run_sync(session, call, frames, declared, item))
+
+    def _start_async(self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any]) -> None:
+        """Run the endpoint at once up to its first wait: most never wait, and a turn of the loop costs a message."""
+        task = start_now(self.loop, self._run_async(session, call, frames, declared))
+        if not task.done():
+            self._running[session, call.id] = task
 
     async def _run_async(
         self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any]
     ) -> None:
         context.enter(self, call.deadline_s)
         try:
-            args, kwargs = _unpack(declared.signature, call, frames)
+            args, kwargs = unpack(declared.signature, call, frames)
             if call.deadline_s is None:
                 value = await declared.method(self._actor, *args, **kwargs)
             else:
                 value = await self._within(declared.method(self._actor, *args, **kwargs), call.deadline_s)
-            answer = _pack_result(declared, value, call, self._limits)
+            answer = pack_result(declared, value, call, self._limits)
         except (Exception, asyncio.CancelledError) as error:
             # Whatever an endpoint raises is its caller's to see.
             self._end(session, call, note_from_error(error))
@@ -143,8 +153,8 @@ class ActorHost:
             return
         context.enter(self, call.deadline_s)
         try:
-            args, kwargs = _unpack(declared.signature, call, frames)
-            answer = _pack_result(declared, declared.method(self._actor, *args, **kwargs), call, self._limits)
+            args, kwargs = unpack(declared.signature, call, frames)
+            answer = pack_result(declared, declared.method(self._actor, *args, **kwargs), call, self._limits)
         except Exception as error:
             # Whatever an endpoint raises is its caller's to see.
             self._end(session, call, note_from_error(error))
@@ -212,7 +222,7 @@ class ActorHost:
             except Exception:
                 # The end goes on; the log says what was not cleaned up.
                 logger.exception("%s.__cleanup__ failed", self.name)
-        self._error = self._error or _refusal(f"actor {self.name} has been stopped")
+        self._error = self._error or refusal(f"actor {self.name} has been stopped")
         self._work.put(None)
 
 
@@ -235,6 +245,7 @@ class Hosting:
         self.node = node
         self.loop = loop
         self._hosts: dict[str, ActorHost] = {}
+        self._expected: dict[str, list[_Early]] = {}
         node.hosting = self
 
     def on_call(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
@@ -245,19 +256,31 @@ class Hosting:
         elif call.actor == SYSTEM:
             self._system_call(session, call, frames)
         else:
-            self._refuse(session, call, f"no actor {call.actor.partition('#')[0]!r} here")
+            self._expect(session, call, frames)
+
+    def _expect(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
+        """A reference may overtake the spawn it refers to, coming from another process: hold its calls for a while."""
+        waiting = self._expected.get(call.actor)
+        if waiting is None:
+            waiting = self._expected[call.actor] = []
+            self.loop.call_later(_EXPECT_S, self._give_up, call.actor)
+        waiting.append((session, call, frames))
+
+    def _give_up(self, actor_id: str) -> None:
+        for session, call, _ in self._expected.pop(actor_id, []):
+            self._refuse(session, call, f"no actor {actor_id.partition('#')[0]!r} here")
 
     def _refuse(self, session: Session, call: Call, reason: str) -> None:
         if call.oneway:
             session.done(call.id)
             logger.error("refused a broadcast from %s: %s", session.peer, reason)
         else:
-            session.fault(call.id, _refusal(reason))
+            session.fault(call.id, refusal(reason))
 
     def on_cancel(self, session: Session, call_id: int) -> None:
-        """Cancel a call wherever it runs."""
+        """Cancel a call wherever it runs. After the starts of the same round: the call may be among them."""
         for host in self._hosts.values():
-            host.cancel(session, call_id)
+            self.node.reactor.defer(functools.partial(host.cancel, session, call_id))
 
     def _system_call(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
         try:
@@ -281,6 +304,8 @@ class Hosting:
             else:
                 session.fault(call.id, error)
 
+        for early in self._expected.pop(request.actor_id, []):
+            host.accept(*early)
         host.construct(request, on_done)
 
     def revive(self, request: SpawnRequest) -> None:
@@ -312,51 +337,3 @@ class Hosting:
         """Stop every actor, the youngest first."""
         for host in reversed(list(self._hosts.values())):
             await host.stop(None)
-
-
-def _refusal(text: str) -> ErrorNote:
-    return note_from_error(MessageRefused(text))
-
-
-def _unpack(signature: Signature, call: Call, frames: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a call. Raises MessageRefused naming the parameter that does not fit."""
-    try:
-        schema = signature.arguments(call.num_positional, call.names)
-        values = schema.unpack(call.args, frames, call.blobs)
-    except (WireError, TypeError) as error:
-        raise MessageRefused(str(error)) from None
-    if not call.names:
-        return values, {}
-    split = call.num_positional
-    return values[:split], dict(zip(call.names, values[split:], strict=True))
-
-
-def _pack_result(declared: Endpoint[..., Any], value: Any, call: Call, limits: Limits) -> Payload:
-    """Encode a result after checking it.
-
-    Raises:
-        TypeError: it does not fit the return annotation.
-        ValueError: it exceeds what one message may hold.
-    """
-    if call.oneway:
-        return pack(())
-    name = declared.method.__qualname__
-    try:
-        declared.signature.result.check((value,))
-        payload = pack((value,))
-    except TypeError as error:
-        raise TypeError(f"{name} returned what its annotation does not allow: {error}") from None
-    try:
-        limits.check(payload)
-    except WireError as error:
-        raise ValueError(f"{name}: a result of {payload.num_bytes} bytes exceeds a limit: {error}") from None
-    return payload
-
-
-def _construct(cls: type[Actor], request: SpawnRequest) -> Actor:
-    if cls.__init__ is object.__init__:
-        return cls()
-    schema = Signature(cls.__init__).arguments(request.num_positional, request.names)
-    values = schema.unpack(request.args, request.frames, request.blobs)
-    split = request.num_positional
-    return cls(*values[:split], **dict(zip(request.names, values[split:], strict=True)))

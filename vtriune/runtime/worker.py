@@ -67,7 +67,7 @@ async def serve(node: Node, control: socket.socket, boot: Bootstrap) -> None:
     hosting = Hosting(node, loop)
     for request in boot.actors:
         hosting.revive(request)
-    node.reactor.attach_running_loop()
+    node.reactor.promote(node.inbox)
     node.watcher.parent = control
     threading.Thread(target=_end_with_parent, args=(control,), name="vtriune-parent", daemon=True).start()
     control_channel.send(control, Ready(node.me))

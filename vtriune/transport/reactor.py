@@ -5,7 +5,7 @@ costs as much as a message: whoever waits, reads. That is the asyncio loop once 
 descriptor for all sockets), or else the thread blocked in `Future.get`. A slow tick from the process's watcher covers
 the time when neither is there. libzmq's own thread keeps connections and heartbeats alive all the while.
 
-Handlers run under the lock, must not block and run no user code.
+Handlers run under the lock, must not block and run no user code; what they `defer` runs right after, without the lock.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -68,6 +69,8 @@ class Reactor:
         self._loop_thread = 0
         self._loop_due = False
         self._leader = 0
+        self._promoted: set[int] = set()
+        self._deferred: deque[Callable[[], None]] = deque()
         self.is_closed = False
 
     def register(self, channel: Channel) -> None:
@@ -80,9 +83,34 @@ class Reactor:
     def unregister(self, channel: Channel) -> None:
         """Stop reading a socket; call before closing it."""
         with self.lock:
-            if self._channels.pop(channel.fd, None) is not None:
+            if self._channels.pop(channel.fd, None) is not None and channel.fd not in self._promoted:
                 self._epoll.unregister(channel.fd)
             self._ready.pop(channel, None)
+
+    def promote(self, channel: Channel) -> None:
+        """Have the running loop watch this channel's descriptor itself, which saves a system call a message. For one
+        that is read by this loop as long as it lives. Call on the loop's thread."""
+        self.attach_running_loop()
+        with self.lock:
+            if self._loop is not None and channel.fd not in self._promoted:
+                self._epoll.unregister(channel.fd)
+                self._promoted.add(channel.fd)
+                self._loop.add_reader(channel.fd, self._read, channel)
+
+    def _read(self, channel: Channel) -> None:
+        with self.lock:
+            if self._channels.get(channel.fd) is channel and channel.on_readable():
+                self.mark_ready(channel)
+        self.run_deferred()
+
+    def run_deferred(self) -> None:
+        """Run what was deferred. For those who defer outside a handler; never under the lock."""
+        while self._deferred:
+            self._deferred.popleft()()
+
+    def defer(self, action: Callable[[], None]) -> None:
+        """Run `action` after the handlers of this round, in order, on the thread that ran them."""
+        self._deferred.append(action)
 
     def mark_ready(self, channel: Channel) -> None:
         """Note that a socket has input although its descriptor may not say so: libzmq's descriptors are
@@ -141,6 +169,7 @@ class Reactor:
                     self.mark_ready(channel)
             if self._timers:
                 self._run_timers()
+        self.run_deferred()
 
     def _clear_wake(self) -> None:
         try:

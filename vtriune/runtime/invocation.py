@@ -1,0 +1,93 @@
+"""Turning a call into a method's arguments, its result into an answer, and a coroutine into a running task.
+
+Used by `vtriune.runtime.hosting`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from vtriune.runtime.actor import Actor, Endpoint, Signature
+from vtriune.runtime.bootstrap import SpawnRequest
+from vtriune.runtime.failure import note_from_error
+from vtriune.transport.codec import Payload, pack
+from vtriune.transport.errors import MessageRefused
+from vtriune.transport.wire import Call, ErrorNote, Limits, WireError
+
+
+def start_now(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task whose first step has run when this returns. Call on the loop's thread, outside any task.
+
+    Python 3.12 has this as `eager_start`. In 3.11 a new task hands its first step to `loop.call_soon`: it is caught
+    there and run in place.
+    """
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(coroutine, loop=loop, eager_start=True)
+    steps: list[tuple[Callable[[], None], contextvars.Context]] = []
+
+    def catch(step: Callable[[], None], *, context: contextvars.Context) -> None:
+        steps.append((step, context))
+
+    patched: Any = loop
+    patched.call_soon = catch
+    try:
+        task = asyncio.Task(coroutine, loop=loop)
+    finally:
+        del patched.call_soon
+    for step, own_context in steps:
+        own_context.run(step)
+    return task
+
+
+def refusal(text: str) -> ErrorNote:
+    """The answer to a message that cannot be accepted."""
+    return note_from_error(MessageRefused(text))
+
+
+def unpack(signature: Signature, call: Call, frames: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call. Raises MessageRefused naming the parameter that does not fit."""
+    try:
+        schema = signature.arguments(call.num_positional, call.names)
+        values = schema.unpack(call.args, frames, call.blobs)
+    except (WireError, TypeError) as error:
+        raise MessageRefused(str(error)) from None
+    if not call.names:
+        return values, {}
+    split = call.num_positional
+    return values[:split], dict(zip(call.names, values[split:], strict=True))
+
+
+def pack_result(declared: Endpoint[..., Any], value: Any, call: Call, limits: Limits) -> Payload:
+    """Encode a result after checking it.
+
+    Raises:
+        TypeError: it does not fit the return annotation.
+        ValueError: it exceeds what one message may hold.
+    """
+    if call.oneway:
+        return pack(())
+    name = declared.method.__qualname__
+    try:
+        declared.signature.result.check((value,))
+        payload = pack((value,))
+    except TypeError as error:
+        raise TypeError(f"{name} returned what its annotation does not allow: {error}") from None
+    try:
+        limits.check(payload)
+    except WireError as error:
+        raise ValueError(f"{name}: a result of {payload.num_bytes} bytes exceeds a limit: {error}") from None
+    return payload
+
+
+def construct(cls: type[Actor], request: SpawnRequest) -> Actor:
+    """Run a constructor on its encoded arguments; raises what it raises, WireError when they do not fit."""
+    if cls.__init__ is object.__init__:
+        return cls()
+    schema = Signature(cls.__init__).arguments(request.num_positional, request.names)
+    values = schema.unpack(request.args, request.frames, request.blobs)
+    split = request.num_positional
+    return cls(*values[:split], **dict(zip(request.names, values[split:], strict=True)))
