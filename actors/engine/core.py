@@ -226,6 +226,7 @@ def _arguments(config: Config, mm_processor_kwargs: Mapping[str, Any], seed: int
         # A step's tokens must all be sampled and counted before weights change.
         async_scheduling=False,
         disable_log_stats=True,
+        use_tqdm_on_load=False,
         seed=seed,
         **(on_gpu if section.gpus else on_cpu),
         **(of_images if mm_processor_kwargs else {}),
