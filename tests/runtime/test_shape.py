@@ -44,7 +44,7 @@ def test_flatten_and_split_keep_order_and_undo_each_other(shape: list[int]) -> N
     names = list(mesh.extent)
     flat = mesh.flatten("all")
     assert flat.to_list() == list(mesh.values())
-    back = flat.split(all=names, **{name: size for name, size in list(mesh.sizes.items())[1:]})
+    back = flat.split(all=names, **dict(list(mesh.sizes.items())[1:]))
     assert (back.sizes, back.to_list()) == (mesh.sizes, mesh.to_list())
 
 
