@@ -15,6 +15,7 @@ import msgspec
 
 from vtriune.fleet import Engine, Fleet, Health
 from vtriune.messages import Canary, PublishOrder, PublishReport, Rendezvous
+from vtriune.runtime import ActorError, MeshFailure
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +75,23 @@ class Publisher:
             asyncio.ensure_future(_value(engine.actor.receive.call_one(msgspec.structs.replace(order, member=member))))
             for member, engine in enumerate(engines, 1)
         ]
-        results = await asyncio.gather(sending, *receiving, return_exceptions=True)
-        broken = [(e, r) for e, r in zip(engines, results[1:], strict=True) if isinstance(r, BaseException)]
-        for engine, error in broken:
+        sent, *received = await asyncio.gather(sending, *receiving, return_exceptions=True)
+        errors = [
+            (engine, result)
+            for engine, result in zip(engines, received, strict=True)
+            if isinstance(result, BaseException)
+        ]
+        if isinstance(sent, BaseException) and not _is_bystander(sent):
+            raise sent
+        guilty = [(engine, error) for engine, error in errors if not _is_bystander(error)]
+        for engine, error in guilty:
             self._fleet.bury(engine, f"publish of version {version} failed: {error}")
-        if broken:
+        if guilty:
             return None
-        if isinstance(results[0], BaseException):
-            raise results[0]
-        return [results[0][0], *results[1:]]
+        for error in (sent, *(error for _, error in errors)):
+            if isinstance(error, BaseException):
+                raise PublishError(f"publish of version {version} failed and nobody says why: {error}") from error
+        return [sent[0], *received]
 
     def _compare(self, version: int, reports: Sequence[PublishReport]) -> None:
         for member, report in enumerate(reports[1:], 1):
@@ -93,18 +102,36 @@ class Publisher:
                 )
 
     async def _canary_error(self, engines: Sequence[Engine]) -> float:
-        """Largest |log π_learner − log π_engine| over the canary's tokens, in nats; raises PublishError above the limit."""
+        """Largest |log π_learner − log π_engine| over the canary's tokens, in nats; raises PublishError above the limit.
+
+        An engine that dies over the canary is buried; the others' answers count.
+        """
         ours, *theirs = await asyncio.gather(
             _values(self._learner.canary.call(self._canary)),
             *(_value(engine.actor.canary.call_one(self._canary)) for engine in engines),
+            return_exceptions=True,
         )
-        error: float = max(abs(a - b) for other in theirs for a, b in zip(ours[0], other, strict=True))
+        if isinstance(ours, BaseException):
+            raise ours
+        error = 0.0
+        for engine, answer in zip(engines, theirs, strict=True):
+            if isinstance(answer, MeshFailure):
+                self._fleet.bury(engine, f"canary: {answer}")
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                error = max(error, *(abs(a - b) for a, b in zip(ours[0], answer, strict=True)))
         if not error <= self._max_canary_error:
             raise PublishError(
-                f"canary after publish: learner and generators differ by {error:.2e} nats (limit {self._max_canary_error:.0e}); "
-                "the weights arrived, so a cache or a packed copy of a weight is out of date"
+                f"canary after publish: learner and generators differ by {error:.2e} nats "
+                f"(limit {self._max_canary_error:.0e}); the weights arrived, so a cache or a packed copy of a weight is out of date"
             )
         return error
+
+
+def _is_bystander(error: BaseException) -> bool:
+    """A member that took part without harm: the cause lies with another, and it can take the next attempt."""
+    return isinstance(error, ActorError) and error.type_name.endswith(".PeerFailure")
 
 
 async def _value(future: Any) -> Any:

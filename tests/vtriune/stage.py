@@ -133,7 +133,7 @@ class FakeLearner:
         return Rendezvous("127.0.0.1", 1, num_members, "gloo")
 
     async def publish(self, order: PublishOrder) -> PublishReport:
-        self.version = order.version
+        assert order.version == self.version
         return PublishReport(order.version, 1, 4, f"sum-{order.version}", 0.0)
 
     async def canary(self, _: Canary) -> list[float]:
@@ -149,6 +149,7 @@ class FakeLearner:
             assert group_id not in stage.consumed
             stage.consumed[group_id] = staleness
         stage.orders.append(order)
+        self.version += 1
         return TrainReport(order.version, {"loss": 0.0})
 
     async def save(self, folder: str) -> None:

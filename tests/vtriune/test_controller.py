@@ -9,12 +9,20 @@ import pytest
 from tests.vtriune.stage import Stage
 from vtriune.checkpoint import latest_complete
 from vtriune.config.tree import Policy
+from vtriune.controller import Controller
 from vtriune.leasing import TooManyLost
-from vtriune.messages import Lease
+from vtriune.messages import Lease, PublishOrder, PublishReport
+from vtriune.runtime import ActorError
 from vtriune.schedule import Stance
 
 ON = Policy(mode="on_policy", rollout_batch=6, group_size=2)
 OFF = Policy(mode="off_policy", max_staleness=2, rollout_batch=6, group_size=2)
+
+
+async def reach(controller: Controller, version: int) -> None:
+    """Return once the controller has published `version`."""
+    while controller.window.version < version:
+        await asyncio.sleep(0.001)
 
 
 async def test_on_policy_every_token_is_of_the_learners_own_version(tmp_path: Path) -> None:
@@ -67,7 +75,7 @@ async def test_a_dead_generators_groups_are_generated_by_the_others(tmp_path: Pa
     stage = Stage(tmp_path, OFF, steps=8, training_s=0.005)
     controller = await stage.open()
     running = asyncio.create_task(controller.run())
-    await asyncio.sleep(0.02)
+    await reach(controller, 1)
     stage.generators[0].is_dead = True
     async with asyncio.timeout(30):
         await running
@@ -81,7 +89,7 @@ async def test_a_restarted_generator_is_refitted_before_it_is_leased_to(tmp_path
     stage = Stage(tmp_path, OFF, steps=20, training_s=0.005, restarts=1, num_generators=1)
     controller = await stage.open()
     running = asyncio.create_task(controller.run())
-    await asyncio.sleep(0.03)
+    await reach(controller, 2)
     stage.generators[0].is_dead = True
     async with asyncio.timeout(30):
         await running
@@ -102,8 +110,6 @@ async def test_groups_that_always_fail_are_lost_by_name_and_then_end_the_run(tmp
     stage = Stage(tmp_path, ON)
 
     async def fail(*_: object) -> None:
-        from vtriune.runtime import ActorError
-
         raise ActorError("generate", "builtins.ValueError", "bad prompt", "")
 
     controller = await stage.open()
@@ -134,9 +140,9 @@ async def test_a_live_switch_takes_effect_at_a_publish_and_loses_nothing(tmp_pat
     stage = Stage(tmp_path, ON, steps=30, training_s=0.004)
     controller = await stage.open()
     running = asyncio.create_task(controller.run())
-    await asyncio.sleep(0.05)
+    await reach(controller, 5)
     controller.switch(Stance("off_policy", 2))
-    await asyncio.sleep(0.1)
+    await reach(controller, 15)
     controller.switch(Stance("on_policy", 0))
     async with asyncio.timeout(30):
         await running
@@ -155,7 +161,7 @@ async def test_a_stop_finishes_the_version_in_hand_and_a_resume_repeats_no_sampl
     stage = Stage(tmp_path, OFF, steps=20, training_s=0.004)
     controller = await stage.open()
     running = asyncio.create_task(controller.run())
-    await asyncio.sleep(0.06)
+    await reach(controller, 2)
     controller.stop()
     async with asyncio.timeout(30):
         await running
@@ -192,3 +198,33 @@ async def test_an_evaluation_scores_every_row_though_its_only_generator_dies(tmp
     ]
     assert evaluated == [4.0, 4.0]
     assert len(stage.generators) == 2
+
+
+async def test_a_publish_broken_by_one_engine_is_repeated_with_the_unharmed_others(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, ON, steps=4)
+    controller = await stage.open()
+    culprit, bystander = stage.generators
+
+    async def break_off(order: PublishOrder) -> PublishReport:
+        raise ActorError("receive", "vtriune.weight_group.PublishFailure", "out of memory", "")
+
+    unharmed, num_failures = bystander.receive, 0
+
+    async def fail_once(order: PublishOrder) -> PublishReport:
+        nonlocal num_failures
+        if order.version == 2 and not num_failures:
+            num_failures += 1
+            raise ActorError("receive", "vtriune.weight_group.PeerFailure", "member 1 failed", "")
+        return await unharmed(order)
+
+    healthy = culprit.receive
+
+    async def break_at_two(order: PublishOrder) -> PublishReport:
+        return await (break_off(order) if order.version == 2 else healthy(order))
+
+    culprit.receive, bystander.receive = break_at_two, fail_once  # type: ignore[method-assign]
+    async with asyncio.timeout(30):
+        await controller.run()
+    assert num_failures == 1
+    assert stage.records[-1].metrics["generators/deaths"] == 1
+    assert len(stage.consumed) == 24

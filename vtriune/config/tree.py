@@ -35,7 +35,7 @@ class Generators(_Section, frozen=True):
     """CPU key-value cache; on an accelerator `memory_share` rules."""
     memory_share: float = 0.85
     max_batched_tokens: int | None = None
-    max_model_len: int = 4096
+    max_model_len: int = 10240
     enforce_eager: bool = True
     restarts: int = 2
     """Restart budget of the whole role."""
