@@ -29,7 +29,7 @@ from vtriune.torchvision_schemas import define_missing_schemas
 
 SECTIONS = ("digits", "long", "trl", "memory")
 DIGITS = Path("examples/digits/model")
-VOCAB, TOKENS, WIDTH = 152_064, 8192, 256
+VOCAB, TOKENS, WIDTH = 152_064, 8192, 64
 SHAPES = {
     "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2},
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4},
@@ -76,17 +76,26 @@ def digits(options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
 
 
 def long(options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
-    """A prompt of 1,000 tokens, 256 of them image tokens."""
-    return _against_padded(
-        "1,000-token prompt, 8 × 200-token answers", DIGITS, options, ceiling,
-        num_groups=2, group_size=8, text=(742, 742), response=(200, 200), grid=(32, 32),
-    )  # fmt: skip
+    """A prompt of 1,000 tokens on random weights, 512 wide: narrower models are all attention at this length."""
+    text = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 8192,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        write_random(Path(folder), text, num_layers=4)
+        return _against_padded(
+            "1,000-token prompt, 8 × 200-token answers", Path(folder), options, ceiling,
+            num_groups=1, group_size=8, text=(982, 982), response=(200, 200), grid=(8, 8),
+        )  # fmt: skip
 
 
 def shapes(options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
     """Random weights; a few layers of the real width."""
     with tempfile.TemporaryDirectory() as folder:
-        write_shape(Path(folder), options.shape, options.layers)
+        write_random(Path(folder), {**SHAPES[options.shape], "vocab_size": 151_936}, num_layers=options.layers)
         return _against_padded(
             f"Qwen2.5-VL-{options.shape.upper()} shapes, {options.layers} layers", Path(folder), options, ceiling,
             num_groups=2, group_size=8, text=(700, 742), response=(100, 300), grid=(32, 32),
@@ -101,41 +110,34 @@ def trl(options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
-    """Peak resident memory beyond the inputs, each way in a process of its own."""
+    """Peak resident memory beyond the inputs, in a process of its own. The full logits are not tried: they are only counted."""
     full = VOCAB * TOKENS * 4
-    peak = {}
-    for way in ("chunked", "full"):
-        program = f"from bench.learner import measure_logprobs; print(measure_logprobs({way!r}))"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        peak[way] = float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
-    share = peak["chunked"] / full
+    program = f"from bench.learner import measure_logprobs; print(measure_logprobs({options.threads}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    peak = float(done.stdout.split()[-1])
     print(
         f"\nlog-prob step, {VOCAB} vocabulary × {TOKENS} tokens, width {WIDTH}: full logits are {full / 2**30:.2f} GiB"
     )
     print(
-        f"  chunked: peak {peak['chunked'] / 2**30:.2f} GiB = 1/{1 / share:.1f} of full logits, weight gradient included"
+        f"  forward and backward: peak {peak / 2**30:.3f} GiB = 1/{full / peak:.1f} of full logits, weight gradient included"
     )
-    print(f"  torch.log_softmax of full logits: peak {peak['full'] / 2**30:.2f} GiB")
-    return {"full_logits_bytes": full, "peak_bytes": peak, "share": share}
+    return {"full_logits_bytes": full, "peak_bytes": peak, "share": peak / full}
 
 
-def measure_logprobs(way: str) -> float:
+def measure_logprobs(num_threads: int) -> float:
     """Bytes by which forward and backward of the log-prob step raise this process's peak."""
     from learner.logprobs import score_tokens
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(num_threads)
     hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
     weight = torch.randn(VOCAB, WIDTH, requires_grad=True)
     targets = torch.randint(VOCAB, (TOKENS,))
-    # The first small call loads kernels and thread buffers, which belong to neither way.
+    # The first small call loads kernels and thread buffers, which do not belong to the step.
     score_tokens(hidden[:8], weight[:64], targets[:8] % 64).logprobs.sum().backward()
     hidden.grad = weight.grad = None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if way == "chunked":
-        logprobs = score_tokens(hidden, weight, targets).logprobs
-    else:
-        logprobs = torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])
-    logprobs.sum().backward()
+    scores = score_tokens(hidden, weight, targets)
+    (scores.logprobs.sum() + scores.entropy.sum()).backward()
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
@@ -202,16 +204,20 @@ def matmul_ceiling(device: torch.device, size: int = 1536) -> float:
     return best
 
 
-def write_shape(folder: Path, name: str, num_layers: int) -> None:
-    """A random model of `num_layers` decoder layers and two vision blocks in the widths of Qwen2.5-VL."""
+def write_random(folder: Path, text: dict[str, int], num_layers: int) -> None:
+    """A random Qwen2.5-VL of `num_layers` decoder layers of the given sizes and two vision blocks."""
     import transformers
 
-    text = {
-        **SHAPES[name], "num_hidden_layers": num_layers, "vocab_size": 151_936, "max_position_embeddings": 32768,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}, "tie_word_embeddings": False,
+    section = text["hidden_size"] // text["num_attention_heads"] // 8
+    rope = {"rope_type": "default", "mrope_section": [section, section * 3 // 2, section * 3 // 2], "rope_theta": 1e6}
+    decoder = {**text, "num_hidden_layers": num_layers, "max_position_embeddings": 32768, "rope_parameters": rope}
+    width = 128 if text["hidden_size"] < 1024 else 1280
+    vision = {
+        "depth": 2, "hidden_size": width, "intermediate_size": 2 * width, "num_heads": width // 32,
+        "out_hidden_size": text["hidden_size"], "fullatt_block_indexes": [1],
     }  # fmt: skip
-    vision = {"depth": 2, "out_hidden_size": SHAPES[name]["hidden_size"], "fullatt_block_indexes": [1]}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    ids = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    config = transformers.Qwen2_5_VLConfig(text_config=decoder, vision_config=vision, tie_word_embeddings=False, **ids)
     transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
 
 

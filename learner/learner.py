@@ -65,7 +65,13 @@ class Learner:
         self.family: Family = policy.family
         frozen = config.model.freeze
         self.prompts = Prompts(policy, source, is_tower_frozen="vit" in frozen and "connector" in frozen)
-        self.optimizer = Optimizer(policy.model, self.family, config.optimizer, group)
+        self.optimizer = Optimizer(
+            policy.model,
+            self.family,
+            config.optimizer,
+            group,
+            keeps_state_on_host=config.model.offload == "optimizer",
+        )
         self.inbox = Inbox()
         self._layout = Layout(self.prompts.image_token_id, self.family.num_position_axes, _device(policy.model))
         self._width = int(self.family.decoder(policy.model).config.hidden_size)  # type: ignore[union-attr, arg-type]

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 64 << 20
-"""Size of one float32 chunk of logits."""
+"""At most this many bytes of float32 logits exist at a time (twice that in the backward pass)."""
+_CACHED_ROWS_BYTES = 2 << 20
+"""On the CPU a chunk that stays in the cache is walked over by every elementwise step at the cache's speed."""
+_MIN_ROWS = 256
+"""Fewer rows would waste the matrix product."""
 
 # Finite, because 0·(−∞) is not a number; e^(−1e30 − lse) is exactly 0 in every float type used here.
 _BLOCKED = -1e30
@@ -54,7 +58,8 @@ class _Scores(torch.autograd.Function):
         blocked: Tensor | None,
         chunk_bytes: int,
     ) -> tuple[Tensor, Tensor]:
-        rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+        rows = _chunk_rows(hidden, weight, chunk_bytes)
+        keeps = 4 * len(hidden) * weight.shape[0] <= chunk_bytes
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropy = torch.empty_like(logprobs)
         kept: list[Tensor] = []
@@ -67,9 +72,9 @@ class _Scores(torch.autograd.Function):
             probabilities = torch.exp(logits)
             entropy[part] = -torch.linalg.vecdot(probabilities, logits)
             logprobs[part] = chosen
-            if len(hidden) <= rows:
-                # All tokens fit one chunk: keeping it costs no more than the peak, and saves the recomputation.
-                kept = [logits]
+            if keeps:
+                # Together they are no more than one chunk may be, and save the recomputation.
+                kept.append(logits)
         ctx.save_for_backward(hidden, weight, targets, blocked, entropy, *kept)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.set_materialize_grads(False)
@@ -81,20 +86,28 @@ class _Scores(torch.autograd.Function):
         grad_logprobs, grad_entropy = grads
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), ctx.rows):
+        for index, start in enumerate(range(0, len(hidden), ctx.rows)):
             part = slice(start, start + ctx.rows)
-            logs = (
-                kept[0].clone()
-                if kept
-                else torch.log_softmax(_logits(hidden[part], weight, ctx.temperature, blocked), -1)
-            )
+            again = None if kept else _logits(hidden[part], weight, ctx.temperature, blocked)
+            logs = kept[index].clone() if again is None else torch.log_softmax(again, -1)
             delta = _logit_gradient(logs, targets[part], entropy[part], grad_logprobs, grad_entropy, part)
-            delta = delta.div_(ctx.temperature).to(hidden.dtype)
+            if ctx.temperature != 1.0:
+                delta.div_(ctx.temperature)
+            delta = delta.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(delta, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight += delta.T @ hidden[part]
+                if grad_weight.dtype == delta.dtype:
+                    grad_weight.addmm_(delta.T, hidden[part])
+                else:
+                    grad_weight += delta.T @ hidden[part]
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunk_rows(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> int:
+    row_bytes = 4 * weight.shape[0]
+    most = max(1, chunk_bytes // row_bytes)
+    return most if hidden.is_cuda else min(most, max(_MIN_ROWS, _CACHED_ROWS_BYTES // row_bytes))
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, blocked: Tensor | None) -> Tensor:

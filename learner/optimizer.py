@@ -27,11 +27,20 @@ class Optimizer:
     """Owns torch's AdamW over the trainable parameters of `model`.
 
     Weight decay applies to matrices only: norms and biases have no scale to shrink. Every rank holds its shard of every
-    parameter; norms are reduced over `group`, so that all ranks scale and skip alike.
+    parameter; norms are reduced over `group`, so that all ranks scale and skip alike. `keeps_state_on_host` moves Adam's
+    moments to the parameters' device for the step only.
     """
 
-    def __init__(self, model: nn.Module, family: Family, section: Section, group: dist.ProcessGroup | None = None):
-        self._section, self._group = section, group
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        section: Section,
+        group: dist.ProcessGroup | None = None,
+        *,
+        keeps_state_on_host: bool = False,
+    ):
+        self._section, self._group, self._keeps_state_on_host = section, group, keeps_state_on_host
         self._named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._keys = [(family.module_of(name), family.layer_of(name)) for name, _ in self._named]
         self._rates = rates_of(section)
@@ -65,9 +74,19 @@ class Optimizer:
             scale = self._section.clip_norm / (norms[""] + 1e-6)
             if scale < 1:
                 torch._foreach_mul_([_local(grad) for grad in self._grads()], scale)
+            self._move_state(to_host=False)
             self.adamw.step()
+            self._move_state(to_host=True)
         self.adamw.zero_grad(set_to_none=True)
         return StepResult(norms, rates, not is_finite)
+
+    def _move_state(self, *, to_host: bool) -> None:
+        if not self._keeps_state_on_host:
+            return
+        for parameter, state in self.adamw.state.items():
+            device = torch.device("cpu") if to_host else parameter.device
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].to(device)
 
     def _grads(self) -> list[Tensor]:
         return [parameter.grad for _, parameter in self._named if parameter.grad is not None]

@@ -77,10 +77,13 @@ class Prompts:
         else:
             self._prompts.move_to_end(key)
         if not np.array_equal(found.token_ids, group.prompt_ids):
+            shared = min(len(found.token_ids), len(group.prompt_ids))
+            differing = np.flatnonzero(found.token_ids[:shared] != group.prompt_ids[:shared])
+            position = int(differing[0]) if len(differing) else shared
             raise PromptMismatch(
-                f"group {group.lease.group_id}: the engine's prompt has {len(group.prompt_ids)} ids, ours {len(found.token_ids)} "
-                f"for row {group.lease.sample.row} (prompt seed {group.lease.prompt_seed}), or they differ; "
-                "generator and learner must use the same model folder and pixel bounds"
+                f"group {group.lease.group_id}, row {group.lease.sample.row}, prompt seed {group.lease.prompt_seed}: the engine's "
+                f"prompt has {len(group.prompt_ids)} ids, ours {len(found.token_ids)}; they differ from position {position}. "
+                "Generator and learner must use the same model folder and pixel bounds"
             )
         return found
 

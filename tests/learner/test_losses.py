@@ -148,6 +148,7 @@ def test_log_ratios_are_clamped_so_that_no_weight_overflows() -> None:
 
 
 @given(st.lists(st.floats(-3, 0), min_size=2, max_size=6), st.lists(st.floats(-3, 0), min_size=2, max_size=6))
+@settings(deadline=None)
 def test_kl_penalties_are_their_estimators(new: list[float], reference: list[float]) -> None:
     size = min(len(new), len(reference))
     p, q = torch.tensor(new[:size], dtype=torch.float64), torch.tensor(reference[:size], dtype=torch.float64)
@@ -164,6 +165,7 @@ def test_k3_is_unbiased_for_the_divergence() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=16))
+@settings(deadline=None)
 def test_advantages_are_torchs_standardised_rewards_and_sum_to_zero(rewards: list[float]) -> None:
     values = advantages(rewards)
     tensor = torch.tensor(rewards, dtype=torch.float64)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.families import MODULES, UnknownModel, check_modules, family_of
@@ -16,6 +16,7 @@ from vtriune.config.tree import Optimizer as Section
 
 
 @given(st.integers(0, 400), st.floats(0, 1), st.integers(1, 400))
+@settings(deadline=None)
 def test_warm_up_starts_above_zero_rises_and_stays_at_one(update: int, share: float, total: int) -> None:
     factor = warmup_factor(update, share, total)
     assert 0 < factor <= 1
