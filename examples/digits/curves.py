@@ -56,7 +56,9 @@ def sources(run: Run) -> dict[str, tuple[float, float]]:
     """Held-out sampled reward per source, before and after."""
     evaluations = [line for line in run if "eval/reward/mean" in line]
     prefix, suffix = "eval/sampled/source/", "/reward/mean"
-    names = sorted(key[len(prefix) : -len(suffix)] for key in evaluations[-1] if key.startswith(prefix))
+    names = sorted(
+        key[len(prefix) : -len(suffix)] for key in evaluations[-1] if key.startswith(prefix) and key.endswith(suffix)
+    )
     return {
         name: tuple(line[f"{prefix}{name}{suffix}"] for line in (evaluations[0], evaluations[-1])) for name in names
     }
