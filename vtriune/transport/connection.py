@@ -17,7 +17,6 @@ SILENCE_S = 60.0
 
 _REJECTED = (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
 _LOST = (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
-_BATCH = 256
 
 
 class ClientSecurity(Protocol):
@@ -42,13 +41,11 @@ class Connection:
         address: str,
         security: ClientSecurity | None,
         on_message: Callable[[list[Any]], None],
-        on_idle: Callable[[], None],
         on_lost: Callable[[bool], None],
     ) -> None:
         self._reactor = reactor
         self._limits = limits
         self._on_message = on_message
-        self._on_idle = on_idle
         self._on_lost = on_lost
         socket = reactor.context.socket(zmq.DEALER)
         options: tuple[tuple[int, int], ...] = (
@@ -64,7 +61,7 @@ class Connection:
             socket.setsockopt(option, value)
         if security is not None and not address.startswith("ipc://"):
             security.secure_client(socket)
-        self._socket: Any = socket
+        self.socket: Any = socket
         self.fd = int(socket.getsockopt(zmq.FD))
         self._monitor = Monitor(reactor, socket, sum({*_LOST, *_REJECTED}), self._on_event)
         socket.connect(address)
@@ -73,46 +70,43 @@ class Connection:
     @property
     def is_closed(self) -> bool:
         """Whether it has been closed here."""
-        return bool(self._socket.closed)
+        return bool(self.socket.closed)
 
     def send(self, header: bytes, frames: Sequence[Any] = ()) -> None:
         """Send, or note that there is no connection to send on."""
         try:
-            send(self._socket, (header,), frames)
+            send(self.socket, (header,), frames)
         except zmq.Again:
             # No pipe: the connection has gone, as its monitor is about to say. What was to go counts as sent on it.
             self._reactor.call_later(0.0, lambda: self._lost(is_rejected=False))
 
     def check_input(self, is_likely: bool) -> None:
-        """Ask after sending; `is_likely` saves the look where the next drain will find something anyway."""
-        if not self._socket.closed and (is_likely or has_input(self._socket)):
-            self._reactor.mark_ready(self)
+        """To be called after sending."""
+        if not self.socket.closed:
+            self._reactor.check_after_send(self, has_input, is_likely)
 
-    def on_readable(self) -> bool:
-        """Handle a batch of messages; a handler may close this connection."""
-        for _ in range(_BATCH):
-            parts = None if self._socket.closed else receive(self._socket, 1, self._limits.frames)
-            if parts is None:
-                self._on_idle()
-                return False
-            self._on_message(parts)
-        self._on_idle()
-        return not self._socket.closed
+    def read_one(self) -> bool:
+        """Handle one message; the handler may close this connection."""
+        parts = receive(self.socket, 1, self._limits.frames)
+        if parts is None:
+            return False
+        self._on_message(parts)
+        return not self.socket.closed
 
     def _on_event(self, event: int) -> None:
         self._lost(is_rejected=event in _REJECTED)
 
     def _lost(self, *, is_rejected: bool) -> None:
-        if not self._socket.closed:
+        if not self.socket.closed:
             self.close()
             self._on_lost(is_rejected)
 
     def close(self) -> None:
         """Drop it. Idempotent."""
-        if not self._socket.closed:
+        if not self.socket.closed:
             self._reactor.unregister(self)
             self._monitor.close()
-            self._socket.close(linger=0)
+            self.socket.close(linger=0)
 
 
 class Monitor:
@@ -121,23 +115,23 @@ class Monitor:
     def __init__(self, reactor: Reactor, socket: Any, events: int, on_event: Callable[[int], None]) -> None:
         self._reactor = reactor
         self._watched = socket
-        self._socket: Any = socket.get_monitor_socket(events)
+        self.socket: Any = socket.get_monitor_socket(events)
         self._on_event = on_event
-        self.fd = int(self._socket.getsockopt(zmq.FD))
+        self.fd = int(self.socket.getsockopt(zmq.FD))
         reactor.register(self)
 
-    def on_readable(self) -> bool:
+    def read_one(self) -> bool:
         """Pass on the next event; the handler may close this monitor."""
-        if self._socket.closed or not has_input(self._socket):
+        if not has_input(self.socket):
             return False
-        event = parse_monitor_message(self._socket.recv_multipart(zmq.NOBLOCK))["event"]
+        event = parse_monitor_message(self.socket.recv_multipart(zmq.NOBLOCK))["event"]
         if event != zmq.EVENT_MONITOR_STOPPED:
             self._on_event(int(event))
-        return not self._socket.closed
+        return not self.socket.closed
 
     def close(self) -> None:
         """Stop watching. Call before closing the watched socket."""
         self._reactor.unregister(self)
         # Also closes the monitor's own socket, which pyzmq keeps.
         self._watched.disable_monitor()
-        self._socket.close(linger=0)
+        self.socket.close(linger=0)

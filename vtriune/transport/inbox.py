@@ -36,7 +36,6 @@ from vtriune.transport.wire import (
     Welcome,
 )
 
-_BATCH = 256
 _DONE_BATCH = 64
 _REFUSALS = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
@@ -143,25 +142,25 @@ class Inbox:
         if security is not None:
             security.secure_server(socket)
             self._monitor = Monitor(reactor, socket, sum(_REFUSALS), self._count_refusal)
-        self._socket: Any = socket
+        self.socket: Any = socket
         self.fd = int(socket.getsockopt(zmq.FD))
         self.address = ""
 
     def bind(self, address: str) -> str:
         """Listen; returns the address peers connect to (a port of 0 is resolved)."""
-        self._socket.bind(address)
-        self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        self.socket.bind(address)
+        self.address = self.socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
         self._reactor.register(self)
         return self.address
 
-    def on_readable(self) -> bool:
-        """Handle a batch of messages."""
-        for _ in range(_BATCH):
-            parts = receive(self._socket, 2, self._limits.frames)
-            if parts is None:
+    def read_one(self) -> bool:
+        """Handle one message; without one, send what is owed for finished one-way calls."""
+        parts = receive(self.socket, 2, self._limits.frames)
+        if parts is None:
+            if self._undone:
                 self._flush_done()
-                return False
-            self._handle(parts)
+            return False
+        self._handle(parts)
         return True
 
     def _handle(self, parts: list[Any]) -> None:
@@ -226,22 +225,20 @@ class Inbox:
         self.num_refused += 1
         if session is None:
             with contextlib.suppress(zmq.ZMQError):
-                send(self._socket, (identity, wire.encode(Refused(reason))))
+                send(self.socket, (identity, wire.encode(Refused(reason))))
 
     def send(self, session: Session, header: bytes, frames: Sequence[Any], num_answered: int = 1) -> None:
         """Send to a peer. An answer to a peer that is gone has no reader and is dropped."""
         with self._reactor.lock:
             session.num_unfinished -= num_answered
-            if self._socket.closed:
+            if self.socket.closed:
                 return
             try:
-                send(self._socket, (session.identity, header), frames)
+                send(self.socket, (session.identity, header), frames)
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-            # With more calls to answer, one look at the next drain serves many sends.
-            if session.num_unfinished > 0 or has_input(self._socket):
-                self._reactor.mark_ready(self)
+            self._reactor.check_after_send(self, has_input, is_likely=session.num_unfinished > 0)
 
     def done_soon(self, session: Session, call_id: int) -> None:
         """Tell the peer, with the next batch, that a one-way call has finished."""
@@ -252,7 +249,7 @@ class Inbox:
             if len(session._done_ids) >= _DONE_BATCH:
                 session.flush_done()
             else:
-                self._reactor.mark_ready(self)
+                self._reactor.check_after_send(self, has_input, is_likely=True)
 
     def _flush_done(self) -> None:
         sessions, self._undone = self._undone, {}
@@ -275,7 +272,7 @@ class Inbox:
         self._reactor.unregister(self)
         if self._monitor is not None:
             self._monitor.close()
-        self._socket.close()
+        self.socket.close()
 
 
 def _refusal(text: str) -> ErrorNote:

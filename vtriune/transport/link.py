@@ -215,6 +215,8 @@ class Link:
 
     def _end(self, call_id: int) -> Outcome | None:
         item = self._credit.end(call_id)
+        if self._credit.backlog:
+            self._flush()
         self._reactor.notify()
         return None if item is None else item.outcome
 
@@ -222,7 +224,7 @@ class Link:
 
     def _connect(self) -> None:
         self._connection = Connection(
-            self._reactor, self._limits, self.peer.address, self._security, self._on_message, self._flush, self._lost
+            self._reactor, self._limits, self.peer.address, self._security, self._on_message, self._lost
         )
         self._connection.send(wire.encode(Hello(wire.PROTOCOL, self._me, self._link_id)))
 
@@ -292,9 +294,9 @@ class Link:
             if item.is_oneway and item.id > last_id:
                 self._connection.send(item.header, item.frames)
                 continue
-            outcome = self._end(item.id)
-            if outcome is not None:
-                outcome.fail(ConnectionLost(f"the connection to {self.peer} broke during {item.label}"))
+            self._credit.end(item.id)
+            if item.outcome is not None:
+                item.outcome.fail(ConnectionLost(f"the connection to {self.peer} broke during {item.label}"))
 
     def _note(self, cause: str, detail: str) -> FailureNote:
         return FailureNote(self.peer.mesh, self.peer.rank, self.peer.host, self.peer.pid, cause, detail=detail)
