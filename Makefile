@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 PY := .venv/bin/python
 STAMP := .venv/.installed
-EXTRAS := cpu,dev,examples,serve
+EXTRAS := cpu,dev,examples,ray,serve
 
 # uv does not read pip's configuration: a folder of wheels named there is handed over. Without one, uv's own CPU index serves torch.
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend=cpu)
