@@ -31,14 +31,16 @@ class Future(Generic[R]):
     value. A task cancelled while awaiting cancels the call at the callee, and so does `cancel()`.
     """
 
+    # The state of a future nobody waits for yet; most are settled without needing more of their own.
+    _is_done = False
+    _error: BaseException | None = None
+    _value: Any = None
+    _is_retrieved = False
+    _waiters: tuple[asyncio.Future[None], ...] = ()
+    _callbacks: tuple[Callable[[Future[Any]], None], ...] = ()
+
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
-        self._is_done = False
-        self._error: BaseException | None = None
-        self._value: Any = None
-        self._waiters: list[asyncio.Future[None]] = []
-        self._is_retrieved = False
-        self._callbacks: list[Callable[[Future[R]], None]] = []
 
     def done(self) -> bool:
         """Whether a value or an error is there."""
@@ -66,7 +68,7 @@ class Future(Generic[R]):
                 if self.done():
                     waiter.set_result(None)
                 else:
-                    self._waiters.append(waiter)
+                    self._waiters = (*self._waiters, waiter)
             try:
                 yield from waiter.__await__()
             except asyncio.CancelledError:
@@ -98,7 +100,7 @@ class Future(Generic[R]):
         """Have `callback(self)` called once done: at once, or by the thread that reads the sockets; it must not block."""
         with self._reactor.lock:
             if not self._is_done:
-                self._callbacks.append(callback)
+                self._callbacks = (*self._callbacks, callback)
                 return
         callback(self)
 
@@ -122,7 +124,10 @@ class Future(Generic[R]):
                 return
             self._value, self._error = value, error
             self._is_done = True
-            waiters, self._waiters = self._waiters, []
+            self._reactor.notify()
+            if not self._waiters and not self._callbacks:
+                return
+            waiters, self._waiters = self._waiters, ()
             running = asyncio._get_running_loop()
             for waiter in waiters:
                 loop = waiter.get_loop()
@@ -130,15 +135,13 @@ class Future(Generic[R]):
                     _wake(waiter)
                 elif not loop.is_closed():
                     loop.call_soon_threadsafe(_wake, waiter)
-            self._reactor.notify()
-            callbacks, self._callbacks = self._callbacks, []
+            callbacks, self._callbacks = self._callbacks, ()
         for callback in callbacks:
             callback(self)
 
     def __del__(self) -> None:
-        error = getattr(self, "_error", None)
-        if error is not None and not self._is_retrieved:
-            logger.error("a call failed and nobody looked at its future: %s", error)
+        if self._error is not None and not self._is_retrieved:
+            logger.error("a call failed and nobody looked at its future: %s", self._error)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
@@ -149,12 +152,15 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 class CallFuture(Future[R]):
     """The value of one call to one rank."""
 
+    _raw: tuple[msgspec.Raw, Sequence[Any], Sequence[int]] | None = None
+    _link: Link | None = None
+    _call_id = 0
+
     def __init__(self, reactor: Reactor, endpoint: str, peer: PeerRef, schema: Schema) -> None:
-        super().__init__(reactor)
+        self._reactor = reactor
         self._endpoint = endpoint
         self._peer = peer
         self._schema = schema
-        self._raw: tuple[msgspec.Raw, Sequence[Any], Sequence[int]] | None = None
 
     def bind(self, link: Link, call_id: int) -> None:
         """Which call this is, so that it can be cancelled."""
@@ -162,9 +168,8 @@ class CallFuture(Future[R]):
         self._call_id = call_id
 
     def _abandon(self) -> None:
-        link = getattr(self, "_link", None)
-        if link is not None:
-            link.cancel(self._call_id)
+        if self._link is not None:
+            self._link.cancel(self._call_id)
 
     def resolve(self, value: msgspec.Raw | None, frames: Sequence[Any], blobs: Sequence[int]) -> None:
         """Outcome of a link: the encoded result."""

@@ -50,6 +50,9 @@ class ActorHost:
         self.class_path = request.class_path
         self.loop = hosting.loop
         self._hosting = hosting
+        # What every task of the actor starts from: `current_rank()` and its like.
+        self._context = contextvars.Context()
+        self._context.run(context.enter, self, None)
         self._limits = hosting.node.limits
         self._actor: Actor | None = None
         self._class: type[Actor] | None = None
@@ -114,19 +117,19 @@ class ActorHost:
 
     def _start_async(self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any]) -> None:
         """Run the endpoint at once up to its first wait: most never wait, and a turn of the loop costs a message."""
-        task = start_now(self.loop, self._run_async(session, call, frames, declared))
+        task = start_now(self.loop, self._run_async(session, call, frames, declared), self._context.copy())
         if not task.done():
             self._running[session, call.id] = task
 
     async def _run_async(
         self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any]
     ) -> None:
-        context.enter(self, call.deadline_s)
         try:
             args, kwargs = unpack(declared.signature, call, frames)
             if call.deadline_s is None:
                 value = await declared.method(self._actor, *args, **kwargs)
             else:
+                context.enter(self, call.deadline_s)
                 value = await self._within(declared.method(self._actor, *args, **kwargs), call.deadline_s)
             answer = pack_result(declared, value, call, self._limits)
         except (Exception, asyncio.CancelledError) as error:
@@ -246,7 +249,7 @@ class Hosting:
         self.loop = loop
         self._hosts: dict[str, ActorHost] = {}
         self._expected: dict[str, list[_Early]] = {}
-        node.hosting = self
+        node.host_with(self)
 
     def on_call(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
         """Route a call to its actor."""

@@ -19,27 +19,24 @@ from vtriune.transport.errors import MessageRefused
 from vtriune.transport.wire import Call, ErrorNote, Limits, WireError
 
 
-def start_now(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """A task whose first step has run when this returns. Call on the loop's thread, outside any task.
+def start_now(
+    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None], context: contextvars.Context
+) -> asyncio.Task[None]:
+    """A task, running in `context`, whose first step has run when this returns. Call on the loop's thread, outside any task.
 
     Python 3.12 has this as `eager_start`. In 3.11 a new task hands its first step to `loop.call_soon`: it is caught
     there and run in place.
     """
     if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=loop, eager_start=True)
-    steps: list[tuple[Callable[[], None], contextvars.Context]] = []
-
-    def catch(step: Callable[[], None], *, context: contextvars.Context) -> None:
-        steps.append((step, context))
-
+        return asyncio.Task(coroutine, loop=loop, context=context, eager_start=True)
+    steps: list[Callable[[], None]] = []
     patched: Any = loop
-    patched.call_soon = catch
+    patched.call_soon = lambda step, *, context: steps.append(step)
     try:
-        task = asyncio.Task(coroutine, loop=loop)
+        task = asyncio.Task(coroutine, loop=loop, context=context)
     finally:
         del patched.call_soon
-    for step, own_context in steps:
-        own_context.run(step)
+    context.run(steps[0])
     return task
 
 

@@ -87,6 +87,11 @@ class Node:
         """A name no other node or actor of this run has."""
         return f"{name}#{self.me.node}.{next(self._names)}"
 
+    def host_with(self, hosting: Hosting) -> None:
+        """Hand calls to `hosting` from now on."""
+        self.hosting = hosting
+        self.inbox.on_call = hosting.on_call
+
     def address_for(self, name: str) -> str:
         """Where a new process on this machine should listen: beside this one."""
         if self.me.address.startswith("tcp://"):

@@ -23,6 +23,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 INLINE_BYTES = 8192
 _MAX_DIMENSIONS = 32
+# Annotations that are no classes, as the class of their values.
+_PLAIN: dict[Any, Any] = {None: type(None)}
 _BLOB_TYPES = (bytes, bytearray, memoryview)
 
 
@@ -178,10 +180,13 @@ class Schema:
         self.type: Any = tuple[tuple(types)] if types else tuple[()]  # type: ignore[misc]
         self._decode = msgspec.msgpack.Decoder(self.type, dec_hook=_decode_hook).decode
         self._is_open = _is_open(self.type)
+        self._plain = tuple(_PLAIN.get(each, each) for each in types)
 
     def check(self, values: Sequence[Any]) -> None:
         """Raise TypeError naming the item that does not fit. Structs are checked by class, not field by field: the
         receiver checks those as it reads them."""
+        if tuple(map(type, values)) == self._plain:
+            return
         try:
             msgspec.convert(values, self.type, dec_hook=_decode_hook)
         except (msgspec.ValidationError, ValueError) as error:

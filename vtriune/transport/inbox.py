@@ -121,6 +121,7 @@ class Inbox:
         self._limits = limits
         self._incarnation = incarnation
         self._receiver = receiver
+        self.on_call = receiver.on_call
         self._by_identity: dict[bytes, Session] = {}
         self._by_link: dict[tuple[str, int], Session] = {}
         self._undone: dict[Session, None] = {}
@@ -173,12 +174,12 @@ class Inbox:
         except wire.WireError as error:
             self._refuse(identity, session, str(error))
             return
-        if isinstance(message, Hello):
+        if type(message) is Call and session is not None:
+            self._accept(session, message, parts)
+        elif isinstance(message, Hello):
             self._greet(identity, message)
         elif session is None:
             self._refuse(identity, None, "say Hello first")
-        elif isinstance(message, Call):
-            self._accept(session, message, parts)
         elif isinstance(message, Cancel):
             self._receiver.on_cancel(session, message.id)
         elif isinstance(message, Gone):
@@ -201,7 +202,7 @@ class Inbox:
         if len(parts) - 2 > self._limits.frames:
             session.fault(call.id, _refusal(f"{call.endpoint}: more than {self._limits.frames} frames"))
             return
-        self._receiver.on_call(session, call, parts[2:])
+        self.on_call(session, call, parts[2:])
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
         if hello.protocol != wire.PROTOCOL:

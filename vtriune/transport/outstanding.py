@@ -29,7 +29,7 @@ class Outcome(Protocol):
 class Outstanding:
     """A submitted call until its end. `outcome` is None once nobody waits for it any more."""
 
-    __slots__ = ("frames", "header", "id", "is_oneway", "is_sent", "label", "num_bytes", "outcome", "timer")
+    __slots__ = ("actor", "endpoint", "frames", "header", "id", "is_oneway", "is_sent", "num_bytes", "outcome", "timer")
 
     def __init__(self, call: Call, payload: Payload, outcome: Outcome) -> None:
         self.id = call.id
@@ -39,8 +39,14 @@ class Outstanding:
         self.outcome: Outcome | None = outcome
         self.is_oneway = call.oneway
         self.is_sent = False
-        self.label = f"{call.actor.partition('#')[0]}.{call.endpoint}"
+        self.actor = call.actor
+        self.endpoint = call.endpoint
         self.timer: Timer | None = None
+
+    @property
+    def label(self) -> str:
+        """What to call it in an error."""
+        return f"{self.actor.partition('#')[0]}.{self.endpoint}"
 
 
 class Credit:
