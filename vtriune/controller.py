@@ -144,8 +144,8 @@ class Controller:
     async def _train(self) -> None:
         """Per version: wait, train, publish, evaluate, record, checkpoint."""
         await self._publisher.refit(self.window.version)
-        if self.window.version == 0:
-            await self._record(0, [], await self._evaluate(self.config.evaluation.before))
+        if self.window.version == 0 and self.config.evaluation.before:
+            await self._record(0, [], await self._evaluate(is_due=True))
         self.ring()
         while self.window.version < self.num_versions:
             started = time.monotonic()
