@@ -95,6 +95,7 @@ class Learner:
         for index, batch in enumerate(batches):
             update = self._prepare(batch, order, tally)
             self._accumulate(update, order, tally, prox[index])
+            self._free_gathered()
             if update.denominator:
                 steps.append(self.optimizer.step(order.first_update + index, order.num_updates_total))
             else:
@@ -253,6 +254,12 @@ class Learner:
             update.features[s] for item in micro.examples if (s := item.scored.group.lease.sample) in update.features
         ]
         return torch.cat(rows) if rows else None
+
+    def _free_gathered(self) -> None:
+        """Drop FSDP's gathered copy of the root unit, which a forward-only pass leaves behind: after the step it would be stale."""
+        reshard = getattr(self.policy, "reshard", None)
+        if reshard is not None:
+            reshard()
 
     def _sync_gradients(self, *, is_last: bool) -> None:
         """Reduce gradients once per update, at the last micro-batch that has any."""

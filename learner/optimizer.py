@@ -57,6 +57,15 @@ class Optimizer:
             for (module, is_matrix), parameters in members.items()
         ]
         self.adamw = torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, fused=True)
+        # There from the start, because torch's get_optimizer_state_dict fills an empty state by a step with zero gradients: a
+        # checkpoint before the first update would shift Adam's bias correction by one.
+        for _, parameter in self._named:
+            self.adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=_local(parameter).device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+        self._move_state(to_host=True)
 
     def step(self, update: int, num_updates_total: int) -> StepResult:
         """Clip, step and clear the gradients of update number `update` (from 0) of the whole run.

@@ -2,8 +2,9 @@
 
 Reads the run folder's configuration, its archive (`rollouts/version-*.parquet`) and `metrics.jsonl`, and gives the same groups to
 one learner rank in the order in which they were consumed: for debugging losses, and for benchmarks. With the run's own
-configuration and one rank the parameters are those of the run, bit for bit on one CPU. Overrides try another loss, correction or
-rate on the same data. Writes one line per version to `<out>/metrics.jsonl`, and a checkpoint to `<out>/checkpoint` with `--save`.
+configuration, one rank and as many threads the parameters are those of the run, bit for bit on one CPU. Overrides try another
+loss, correction or rate on the same data. Writes one line per version to `<out>/metrics.jsonl`, and a checkpoint to
+`<out>/checkpoint` with `--save`.
 """
 
 import argparse
@@ -15,8 +16,9 @@ from pathlib import Path
 
 from vtriune.config import Config, ConfigError, load
 from vtriune.data import archive
+from vtriune.data.store import StoreSet
 from vtriune.messages import ScoredGroup, TrainOrder, TrainReport
-from vtriune.schedule import Stance, correction, update_batches
+from vtriune.schedule import Stance, correction, num_versions, update_batches
 
 
 class ReplayError(ValueError):
@@ -41,7 +43,8 @@ def read_run(config: Config, run: Path) -> Iterator[Batch]:
         raise ReplayError(f"{run / 'rollouts'}: no archived version; name the folder of a run that trained")
     modes = _modes(run / "metrics.jsonl")
     policy = config.policy
-    num_updates_total = len(files) * (policy.rollout_batch // (policy.update_batch or policy.rollout_batch))
+    per_version = policy.rollout_batch // (policy.update_batch or policy.rollout_batch)
+    num_updates_total = _num_versions(config, files[0][1]) * per_version
     num_updates = 0
     for expected, (number, path) in enumerate(files, 1):
         if number != expected:
@@ -80,6 +83,14 @@ def replay(config: Config, run: Path, batches: Iterable[Batch], save_to: Path | 
             service.save(str(save_to))
     finally:
         service.close()
+
+
+def _num_versions(config: Config, first: Path) -> int:
+    """Of the whole run, which may have archived fewer so far: warm-up is a share of it."""
+    if config.run.steps is not None:
+        return config.run.steps
+    sample = next(archive.read(first)).group.group.lease.sample
+    return num_versions(config, len(StoreSet.open(store_folders(config)).store_of(sample)))
 
 
 def store_folders(config: Config) -> list[str]:

@@ -28,6 +28,19 @@ def test_resuming_gives_the_parameters_of_the_uninterrupted_run_bit_for_bit(
     assert all(torch.equal(expected[name], value) for name, value in program.parameters_of(resumed).items())
 
 
+def test_saving_before_the_first_update_changes_nothing(models: dict[str, Path], tmp_path: Path) -> None:
+    plain, groups = program.a_learner(models["qwen2_5_vl"], None)
+    saved, _ = program.a_learner(models["qwen2_5_vl"], None)
+    resumed, _ = program.a_learner(models["qwen2_5_vl"], None)
+    state.save(saved, tmp_path)
+    state.load(resumed, tmp_path)
+    for learner in (plain, saved, resumed):
+        program.steps(learner, groups, 0, 1)
+    expected = program.parameters_of(plain)
+    for learner in (saved, resumed):
+        assert all(torch.equal(expected[name], value) for name, value in program.parameters_of(learner).items())
+
+
 def test_adams_moments_come_back_and_matter(models: dict[str, Path], tmp_path: Path) -> None:
     learner, groups = program.a_learner(models["qwen2_5_vl"], None)
     program.steps(learner, groups, 0, 2)
