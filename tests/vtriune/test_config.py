@@ -99,6 +99,7 @@ REFUSED = [
     (["policy.schedule=[{until: 0.9}, {until: 0.5}]"], "must rise"),
     (["policy.schedule=[{mode: on_policy, max_staleness: 1}]"], "on_policy with max_staleness 1"),
     (["data.min_pixels=99999"], "must lie in"),
+    (["cluster.launcher=ray"], "runs on one host"),
 ]
 
 

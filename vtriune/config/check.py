@@ -141,6 +141,11 @@ def _number_problems(config: Config) -> Iterable[str]:
 
 
 def _cluster_problems(config: Config) -> Iterable[str]:
+    if config.cluster.launcher != "local" or config.cluster.bind != "ipc":
+        yield (
+            f"cluster.launcher {config.cluster.launcher}, bind {config.cluster.bind}: this version runs on one host; "
+            "write launcher: local and bind: ipc"
+        )
     generators, longest = config.cluster.generators, config.data.max_prompt_tokens + config.sampling.max_tokens
     if longest > generators.max_model_len:
         yield (
