@@ -245,7 +245,7 @@ async def _cross(site: Site, mode: str, version: int, row: int) -> Crossing:
 
 async def _until_running(site: Site, num_completions: int) -> None:
     async with asyncio.timeout(20):
-        while (await site.generator.stats.call_one())["running"] < num_completions:  # noqa: ASYNC110
+        while (await site.generator.stats.call_one())["running"] < num_completions:
             await asyncio.sleep(0.01)
 
 

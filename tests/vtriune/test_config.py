@@ -95,7 +95,7 @@ REFUSED = [
     (["sampling.temperature=0"], "greedy samples cannot be trained on"),
     (["sampling.max_tokens=4096"], "max_model_len"),
     (["loss.kl=k3"], "set both or neither"),
-    (["policy.mode=off_policy", "model.freeze=[]"], "continue keeps image features"),
+    (["policy.mode=off_policy", "policy.in_flight=continue", "model.freeze=[]"], "continue keeps image features"),
     (["policy.schedule=[{until: 0.9}, {until: 0.5}]"], "must rise"),
     (["policy.schedule=[{mode: on_policy, max_staleness: 1}]"], "on_policy with max_staleness 1"),
     (["data.min_pixels=99999"], "must lie in"),
