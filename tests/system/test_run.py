@@ -13,6 +13,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from vtriune.torchvision_schemas import define_missing_schemas
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "policy.rollout_batch=8",
@@ -140,6 +142,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_and_ends_with_everything_it_promises(st
     ]
     trained = {row["group_id"] for row in rows if row["purpose"] == "train"}
     assert trained >= set(range(32))
+    define_missing_schemas()
     from transformers import AutoModelForImageTextToText
 
     exported = again.run_folder / "checkpoints" / "step-4" / "hf"
