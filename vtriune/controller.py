@@ -14,13 +14,13 @@ Every change of state rings one bell; whoever waits looks again.
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Protocol
 
 from vtriune.config.tree import Config
 from vtriune.data.store import Store
 from vtriune.evaluation import Evaluation
+from vtriune.first_to_end import first_to_end
 from vtriune.fleet import Fleet
 from vtriune.leasing import Leasing
 from vtriune.messages import StepRecord, TrainOrder, TrainReport
@@ -75,15 +75,7 @@ class Controller:
 
     async def run(self) -> None:
         """Train to the end, or until `stop`. Raises the first failure of any loop; leaves no task running."""
-        loops = [asyncio.create_task(work, name=name) for name, work in self._loops().items()]
-        try:
-            ended, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
-            for loop in ended:
-                loop.result()
-        finally:
-            for loop in loops:
-                loop.cancel()
-            await asyncio.gather(*loops, return_exceptions=True)
+        await first_to_end(self._train(), self.leasing.lease_groups(self._change), self._watch())
 
     async def resume(self, folder: Path) -> None:
         """Take up again from a complete checkpoint, before `run`."""
@@ -133,13 +125,6 @@ class Controller:
         }
 
     # The loops.
-
-    def _loops(self) -> dict[str, Coroutine[Any, Any, None]]:
-        return {
-            "train": self._train(),
-            "lease groups": self.leasing.lease_groups(self._change),
-            "watch": self._watch(),
-        }
 
     async def _train(self) -> None:
         """Per version: wait, train, publish, evaluate, record, checkpoint."""

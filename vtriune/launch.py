@@ -9,9 +9,7 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 from actors.generator import Generator
 from actors.recorder import Recorder
@@ -25,6 +23,7 @@ from vtriune.crew import Crew, Roles
 from vtriune.data.schema import DataError
 from vtriune.evaluation import Evaluation
 from vtriune.failure import describe, render, write
+from vtriune.first_to_end import first_to_end
 from vtriune.rehearsal import open_preprocessor, open_stores, rehearse
 from vtriune.run_folder import claim
 from vtriune.run_state import Snapshots
@@ -116,21 +115,8 @@ async def _run(config: Config, folder: Path, checkpoint: Path | None, screen: Sc
             await controller.resume(checkpoint)
         with ControlServer(controller, folder) as server:
             _stop_on_signals(controller, screen)
-            await _first_to_end(controller.run(), server.serve(), crew.watch())
+            await first_to_end(controller.run(), server.serve(), crew.watch())
         await crew.recorder.close.call()
-
-
-async def _first_to_end(*works: Coroutine[Any, Any, None]) -> None:
-    """Ends when the first work does, with its error if it has one; the others are cancelled."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _stop_on_signals(controller: Controller, screen: Screen) -> None:
