@@ -31,6 +31,9 @@ from vtriune.config.tree import Config
 from vtriune.messages import Sampling, WeightManifest
 from vtriune.weight_group import Meeting, Receipt
 
+_set_num_threads = torch.set_num_threads
+"""Kept from before vLLM replaces it by a warning."""
+
 BLOCK_TOKENS = 32
 """Tokens per block of keys and values: the smallest the CPU kernels take, since only whole blocks of a prompt are shared."""
 
@@ -52,8 +55,9 @@ class VllmCore:
         mm_processor_kwargs: Mapping[str, Any],
         seed: int,
     ) -> None:
-        if not config.cluster.generators.gpus:
-            torch.set_num_threads(config.cluster.generators.threads)
+        self._num_threads = 0 if config.cluster.generators.gpus else config.cluster.generators.threads
+        self.limit_threads()
+        if self._num_threads:
             _keep_pixels()
         _register(config.model.path)
         self._llm = LLMEngine.from_engine_args(_arguments(config, mm_processor_kwargs, seed))
@@ -63,8 +67,14 @@ class VllmCore:
         self._ends = list(end_token_ids)
         self._salt = "v0"
         self.max_model_len: int = self._llm.vllm_config.model_config.max_model_len
-        # vLLM replaces torch.set_num_threads by a warning, and its image processing calls it once per prompt.
+        # Its image processing calls torch.set_num_threads once per prompt, which vLLM answers by a warning.
         logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
+
+    def limit_threads(self) -> None:
+        """To be called in every thread that uses the model or torch: OpenMP keeps the number of threads per thread, and vLLM's
+        CPU kernels fail when the thread that plans a step and the one that runs it disagree."""
+        if self._num_threads:
+            _set_num_threads(self._num_threads)
 
     def expectation(self, folder: str) -> Expectation:
         """What a publish to this model must carry."""

@@ -50,10 +50,11 @@ class Engine:
         self._group = ""
         self._num_publishes = 0
         # One thread each: vLLM's rendering is not safe for two, and publishes come one after another.
-        self._preparing = ThreadPoolExecutor(1, "prepare")
-        self._publishing = ThreadPoolExecutor(1, "publish")
+        self._preparing = ThreadPoolExecutor(1, "prepare", initializer=self._core.limit_threads)
+        self._publishing = ThreadPoolExecutor(1, "publish", initializer=self._core.limit_threads)
         self._loop = StepLoop(self._core)
         self._loop.start()
+        self._loop.call(self._core.limit_threads)
 
     @property
     def version(self) -> int:
