@@ -155,7 +155,7 @@ class Sequence:
         self.ledger = Ledger(max_attempts=self.ledger.max_attempts)
         self.ledger.restore(state)
         window = Window(self.limits, self.rollout_batch, max_oversample=self.window.max_oversample)
-        window.restore(self.window.version, self.ledger.bounds())
+        window.restore(self.window.version, self.ledger.bounds(), self.window.num_filtered)
         self._expect(window.num_active == self.window.num_active, "a resume changed the number of active groups")
         self.window = window
         self.running = list(self.ledger.bounds())

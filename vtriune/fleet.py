@@ -120,7 +120,11 @@ class Fleet:
         # An engine that dies now is buried by whoever waits for its work.
         known = [answer for answer in answers if isinstance(answer, dict)]
         keys = ("idle_share", "tokens_per_s", "tokens_per_step")
-        return {f"generators/{key}": sum(answer[key] for answer in known) / len(known) for key in keys if known}
+        return {
+            f"generators/{key}": sum(answer[key] for answer in known) / len(known)
+            for key in keys
+            if known and key in known[0]
+        }
 
     def bury(self, engine: Engine, reason: str) -> None:
         """The engine's process ended or no longer answers. Idempotent per incarnation."""

@@ -85,6 +85,7 @@ class SimulatedGenerator(Actor):
         self._alarm: asyncio.TimerHandle | None = None
         self._traces: list[GenerationTrace] = []
         self._reported = (0.0, 0)
+        self._counted = (0.0, 0.0, 0)
 
     @endpoint
     async def ready(self) -> None:
@@ -126,6 +127,17 @@ class SimulatedGenerator(Actor):
     async def canary(self, canary: Canary) -> list[float]:
         """The same on both sides."""
         return [0.0] * len(canary.response_ids)
+
+    @endpoint
+    async def stats(self) -> dict[str, float]:
+        """Shares and rates since the last call, in the device's time."""
+        now_s, busy_s, num_tokens = self._now_s(), self._decoder.busy_s, self._decoder.num_tokens
+        before, self._counted = self._counted, (now_s, busy_s, num_tokens)
+        elapsed_s = max(now_s - before[0], 1e-9)
+        return {
+            "idle_share": max(1.0 - (busy_s - before[1]) / elapsed_s, 0.0),
+            "tokens_per_s": (num_tokens - before[2]) / elapsed_s,
+        }
 
     @endpoint
     async def take_trace(self) -> EngineTrace:

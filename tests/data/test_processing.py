@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -237,6 +237,7 @@ def test_a_text_only_model_takes_text_and_refuses_images(tmp_path: Path) -> None
 
 
 @given(SIDES, SIDES, st.integers(1, 3000), st.integers(1, 8))
+@example(4317, 4317, 1, 4)  # A whole number of cells, up to rounding.
 def test_sizes_on_the_patch_grid_are_those_of_transformers(
     theirs: Any, width: int, height: int, cells: int, span: int
 ) -> None:

@@ -47,11 +47,12 @@ class PatchGrid(msgspec.Struct, frozen=True):
         columns, rows = round(width / cell), round(height / cell)
         area_px = columns * rows * cell**2
         if area_px > self.max_pixels:
-            shrink = math.sqrt(width * height / self.max_pixels) * cell
-            columns, rows = max(1, math.floor(width / shrink)), max(1, math.floor(height / shrink))
+            # The order of operations is theirs: rounding decides where a side is a whole number of cells.
+            beta = math.sqrt((height * width) / self.max_pixels)
+            columns, rows = max(1, math.floor(width / beta / cell)), max(1, math.floor(height / beta / cell))
         elif area_px < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (width * height)) / cell
-            columns, rows = math.ceil(width * grow), math.ceil(height * grow)
+            beta = math.sqrt(self.min_pixels / (height * width))
+            columns, rows = math.ceil(width * beta / cell), math.ceil(height * beta / cell)
         return columns * cell, rows * cell
 
     def num_tokens(self, width: int, height: int) -> int:
