@@ -12,6 +12,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from actors.sharing import sample_shared
 from actors.verifier_pool import VerifierPoolActor
 from verifiers.breaker import FaultRateError
 from vtriune.config.tree import Config
@@ -58,10 +59,18 @@ class Generator(Actor):
         return self._engine.stats()
 
     @endpoint
-    async def generate(self, lease: Lease) -> GroupReport:
-        """Sample, have scored and delivered, report. Raises EngineError or DataError when it cannot be sampled."""
-        group = await self._running.generate(lease)
+    async def generate(self, lease: Lease, others: list[ActorMesh]) -> GroupReport:  # type: ignore[type-arg]
+        """Sample, have scored and delivered, report. `others` are generators that take a share of the completions.
+
+        Raises EngineError or DataError when it cannot be sampled.
+        """
+        group = await sample_shared(lease, others, self._running.generate)
         return await self._scored(group)
+
+    @endpoint
+    async def sample(self, lease: Lease) -> Group:
+        """A share of a group, unscored, for the generator that holds the group's lease."""
+        return await self._running.generate(lease)
 
     @endpoint
     async def receive(self, order: PublishOrder) -> PublishReport:

@@ -220,6 +220,7 @@ class Controller:
             "ledger/duplicates": float(self.leasing.ledger.num_duplicates),
             "ledger/reissues": float(self.leasing.ledger.num_reissues),
             "generators/deaths": float(self._fleet.num_deaths),
+            "generators/shared_groups": float(self._fleet.num_shared),
         }
 
     def _apply_stance(self) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 from vtriune.messages import GroupReport, Lease
@@ -72,6 +72,8 @@ class Fleet:
         self.room = room
         self.num_restarts_left = num_restarts
         self.num_deaths = 0
+        self.num_shared = 0
+        """Groups sampled by several engines."""
         self.on_report: Callable[[], None] = lambda: None
         """Called whenever a group is scored and delivered, or trained on: the progress that the watchdog waits for."""
         self._spawn = spawn
@@ -98,18 +100,30 @@ class Fleet:
             return None
         return engine
 
-    def reserve(self, engine: Engine, lease: Lease) -> None:
-        """Take the lease's room at once, so that whoever leases many groups in a row spreads them; `generate` frees it."""
-        engine.num_leased += lease.num_completions
+    def pick_others(self, engine: Engine, num_groups: int, num_completions: int) -> list[Engine]:
+        """Idle engines that take a share of the group that `engine` is about to be leased, the next of the last `num_groups`
+        there are for now: near the end of an on-policy batch, or with fewer groups than engines, nobody looks on."""
+        idle = [e for e in self.healthy if e.num_leased == 0 and e is not engine]
+        num_sharing = min((len(idle) + 1) // max(num_groups, 1), num_completions)
+        return idle[: max(num_sharing - 1, 0)] if engine.num_leased == 0 else []
 
-    async def generate(self, engine: Engine, lease: Lease) -> GroupReport:
-        """Have `engine` generate a reserved group and see it scored and delivered. Raises what the actor raises."""
+    def reserve(self, engine: Engine, lease: Lease, others: Sequence[Engine] = ()) -> None:
+        """Take the lease's room at once, so that whoever leases many groups in a row spreads them; `generate` frees it."""
+        for sharing in (engine, *others):
+            sharing.num_leased += -(-lease.num_completions // (1 + len(others)))
+
+    async def generate(self, engine: Engine, lease: Lease, others: Sequence[Engine] = ()) -> GroupReport:
+        """Have `engine` generate a reserved group, shared with `others`, and see it scored and delivered. Raises what the actor
+        raises."""
+        self.num_shared += bool(others)
         try:
-            report: GroupReport = await engine.actor.generate.call_one(lease)
+            alive = [other.actor for other in others if other.spawned is not None]
+            report: GroupReport = await engine.actor.generate.call_one(lease, alive)
             self.on_report()
             return report
         finally:
-            engine.num_leased -= lease.num_completions
+            for sharing in (engine, *others):
+                sharing.num_leased -= -(-lease.num_completions // (1 + len(others)))
             self._on_change()
 
     async def figures(self) -> dict[str, float]:

@@ -62,8 +62,10 @@ class Leasing:
                 deadline = time.monotonic() + self._config.policy.lease_s
                 attempt = self.ledger.lease(group.group_id, engine.rank, deadline)
                 lease = self._lease(group, attempt)
-                self._fleet.reserve(engine, lease)
-                following.create_task(self._follow(engine, lease))
+                num_left = 1 + self.ledger.num_to_lease + self.window.num_admissible
+                others = self._fleet.pick_others(engine, num_left, lease.num_completions)
+                self._fleet.reserve(engine, lease, others)
+                following.create_task(self._follow(engine, lease, others))
 
     def reissue_overdue(self) -> None:
         """Leases past their deadline are lost; called every second."""
@@ -113,11 +115,11 @@ class Leasing:
             prompt_seed=seed + group.group_id if self._config.data.prompt_pool else None,
         )
 
-    async def _follow(self, engine: Engine, lease: Lease) -> None:
+    async def _follow(self, engine: Engine, lease: Lease, others: list[Engine]) -> None:
         """Sees one lease to its report, or loses it."""
         incarnation = engine.incarnation
         try:
-            report = await self._fleet.generate(engine, lease)
+            report = await self._fleet.generate(engine, lease, others)
         except MeshFailure as failure:
             if engine.incarnation == incarnation:
                 self._fleet.bury(engine, str(failure).splitlines()[0])

@@ -144,6 +144,11 @@ class Ledger:
         """The oldest group without a generator."""
         return self._open[min(self._unleased)] if self._unleased else None
 
+    @property
+    def num_to_lease(self) -> int:
+        """Groups without a generator."""
+        return len(self._unleased)
+
     def bounds(self) -> dict[int, int]:
         """Group id → hard bound of every open group, oldest first: what the window is restored from."""
         return {g.group_id: g.max_staleness for g in self._open.values()}

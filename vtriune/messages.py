@@ -62,6 +62,8 @@ class Lease(msgspec.Struct, frozen=True):
     purpose: Purpose = "train"
     progress: float = 0.0
     """Share of the run done, in [0, 1]: what the IoU schedule reads."""
+    first_completion: int = 0
+    """Index of the first of its completions in the group; above 0 for a share of a group that several generators sample."""
     prompt_seed: int | None = None
     """Seeds the choice from the prompt pool; None leaves the prompt as it is in the data."""
 

@@ -26,6 +26,7 @@ A cut that would leave the rest infeasible waits. It cannot wait for ever: once 
 the oldest-first one, which keeps the invariant.
 """
 
+import math
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
@@ -108,12 +109,19 @@ class Window:
         """A batch is cut and its version not yet published."""
         return self._training is not None
 
+    @property
+    def num_admissible(self) -> int:
+        """How many groups may be admitted now, one after the other."""
+        if self._is_closed:
+            return 0
+        slots = self.capacity - self.num_active
+        # The invariant, for the groups to come: last in line, their version at consumption stays within their bound.
+        feasible = (self.limits.max_staleness - self.is_training + 1) * self.rollout_batch - len(self._waiting)
+        return max(0, min(slots, feasible, math.ceil(self._budget_left())))
+
     def can_admit(self) -> bool:
         """Whether the next `admit` is allowed."""
-        if self._is_closed or self.num_active >= self.capacity or self._is_budget_used():
-            return False
-        # The invariant, for the group to come: last in line, its version at consumption stays within its bound.
-        return self.is_training + len(self._waiting) // self.rollout_batch <= self.limits.max_staleness
+        return self.num_admissible > 0
 
     def admit(self, group_id: int) -> None:
         """Take a slot. Raises ValueError when none is free or `group_id` is not above all earlier ones."""
@@ -226,11 +234,12 @@ class Window:
         """Nothing more will come for this batch: none may be admitted, and no waiting group is still on its way."""
         if self._num_scored < len(self._waiting):
             return False
-        return bool(self._waiting) if self._is_closed else self._is_budget_used()
+        return bool(self._waiting) if self._is_closed else self._budget_left() <= 0
 
-    def _is_budget_used(self) -> bool:
-        """Groups generated or in generation for this batch and the S that run ahead. Never binds without a filter."""
-        return len(self._waiting) + self._num_filtered >= self.capacity + (self.max_oversample - 1) * self.rollout_batch
+    def _budget_left(self) -> float:
+        """Groups that may still be generated for this batch and the S that run ahead. Never binds without a filter."""
+        budget = self.capacity + (self.max_oversample - 1) * self.rollout_batch
+        return budget - len(self._waiting) - self._num_filtered
 
     def _is_feasible(self, rest: Iterable[_Entry], next_version: int) -> bool:
         return all(

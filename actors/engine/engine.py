@@ -66,7 +66,7 @@ class Engine:
         refuses it or has stopped. Cancelling it frees the engine."""
         start = time.monotonic()
         prompt_ids, template = await self._in(self._preparing, self._prepare, lease)
-        ticket = self._loop.submit(template, lease.num_completions)
+        ticket = self._loop.submit(template, lease.num_completions, lease.first_completion)
         try:
             completions = await asyncio.wrap_future(ticket.done)
         except asyncio.CancelledError:

@@ -72,9 +72,10 @@ class StepLoop:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def submit(self, template: Any, num_completions: int) -> Ticket:
-        """Sample a group; `done` of the result holds its completions, or the error that ended the loop."""
-        ticket = Ticket(template, [Completion(index) for index in range(num_completions)], _promise())
+    def submit(self, template: Any, num_completions: int, first: int = 0) -> Ticket:
+        """Sample completions `first`, `first` + 1, … of a group; `done` of the result holds them, or the error that ended the
+        loop."""
+        ticket = Ticket(template, [Completion(first + index) for index in range(num_completions)], _promise())
         self._post(lambda: self._admit(ticket), ticket.done)
         return ticket
 

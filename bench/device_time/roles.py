@@ -10,6 +10,7 @@ import time
 import msgspec
 import numpy as np
 
+from actors.sharing import sample_shared
 from actors.verifier_pool import VerifierPoolActor
 from bench.simulated_device import Completion, Costs, Decoder, Finished, Lengths
 from vtriune.config.tree import Config
@@ -28,7 +29,7 @@ from vtriune.messages import (
     Trajectory,
     VersionSpan,
 )
-from vtriune.runtime import Actor, endpoint
+from vtriune.runtime import Actor, ActorMesh, endpoint
 
 PROMPT_TOKENS = 64
 
@@ -86,18 +87,29 @@ class SimulatedGenerator(Actor):
         self._traces: list[GenerationTrace] = []
         self._reported = (0.0, 0)
         self._counted = (0.0, 0.0, 0)
+        self._group_size = config.policy.group_size
 
     @endpoint
     async def ready(self) -> None:
         """Returns once the actor exists."""
 
     @endpoint
-    async def generate(self, lease: Lease) -> GroupReport:
+    async def generate(self, lease: Lease, others: list[ActorMesh]) -> GroupReport:  # type: ignore[type-arg]
         """One group, scored and delivered."""
+        return await self._verifiers.score.choose(await sample_shared(lease, others, self._sample))
+
+    @endpoint
+    async def sample(self, lease: Lease) -> Group:
+        """A share of a group, unscored."""
+        return await self._sample(lease)
+
+    async def _sample(self, lease: Lease) -> Group:
         arrived_at = time.monotonic()
-        lengths = self._device.lengths.draw(self._device.seed, lease.group_id, lease.num_completions)
+        lengths = self._device.lengths.draw(self._device.seed, lease.group_id, self._group_size)
+        indices = range(lease.first_completion, lease.first_completion + lease.num_completions)
+        # Each engine computes the prompt once.
         completions = [
-            Completion(lease.group_id, index, int(length), index == 0) for index, length in enumerate(lengths)
+            Completion(lease.group_id, index, int(lengths[index]), index == indices[0]) for index in indices
         ]
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         finished: dict[int, Finished] = {}
@@ -107,11 +119,9 @@ class SimulatedGenerator(Actor):
         last_s = max(item.at_s for item in finished.values())
         ended_at = self._epoch + last_s * self._scale
         self._traces.append(GenerationTrace(lease.group_id, arrived_at, ended_at))
-        trajectories = [_trajectory(lease, finished[index]) for index in range(len(completions))]
+        trajectories = [_trajectory(lease, finished[index]) for index in indices]
         prompt_ids = np.arange(PROMPT_TOKENS, dtype=np.int32)
-        return await self._verifiers.score.choose(
-            Group(lease, prompt_ids, trajectories, self._rank, time.monotonic() - arrived_at)
-        )
+        return Group(lease, prompt_ids, trajectories, self._rank, time.monotonic() - arrived_at)
 
     @endpoint
     async def receive(self, order: PublishOrder) -> PublishReport:

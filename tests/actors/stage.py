@@ -9,7 +9,7 @@ from actors.verifier_pool import report_of
 from tests.actors.worlds import Rows, preprocessor_of
 from verifiers import Verdict
 from vtriune.config.tree import Config
-from vtriune.messages import Group, GroupReport, Lease, ScoredGroup
+from vtriune.messages import Group, GroupReport, ScoredGroup
 from vtriune.runtime import Actor, ActorMesh, endpoint
 
 
@@ -69,11 +69,6 @@ class StagedGenerator(Generator):
     async def num_preemptions(self) -> int:
         """Requests the scheduler took the blocks from, since the start."""
         return self._num_preemptions
-
-    @endpoint
-    async def sample(self, lease: Lease) -> Group:
-        """A group, unscored."""
-        return await self._running.generate(lease)
 
     @endpoint
     async def break_step(self) -> None:

@@ -45,6 +45,7 @@ class Site(NamedTuple):
     model: Any
     preprocessor: Preprocessor
     sender: WeightSender
+    keeper: Any
 
     async def sample(self, *args: Any, **kwargs: Any) -> Group:
         group: Group = await self.generator.sample.call_one(lease(*args, **kwargs))
@@ -108,7 +109,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Site]]
     for name, (folder, config, actor) in starting.items():
         ready[name].get(timeout=START_S)
         model = load_model(folder)
-        made[name] = Site(actor, model, preprocessor_of(config), WeightSender(model, _trained))
+        made[name] = Site(actor, model, preprocessor_of(config), WeightSender(model, _trained), keeper)
     yield made
     for site in made.values():
         site.sender.close()
@@ -326,8 +327,19 @@ async def test_drain_lets_every_started_completion_end_under_the_version_it_bega
 
 
 async def test_a_scored_group_goes_to_a_verifier_and_its_report_comes_back(site: Site) -> None:
-    report = await site.generator.generate.call_one(lease(77, IMAGE_ROW, 2))
+    report = await site.generator.generate.call_one(lease(77, IMAGE_ROW, 2), [])
     assert (report.group_id, report.num_tokens, report.rewards, report.generator) == (77, 48, [1.0, 1.0], 0)
+
+
+async def test_a_group_shared_between_two_generators_is_the_one_that_one_would_have_sampled(site: Site) -> None:
+    # The other one is the same again, by reference: its share goes over the wire and back.
+    await site.keeper.take.call_one()
+    await site.generator.generate.call_one(lease(78, IMAGE_ROW, 5, seed=11), [])
+    await site.generator.generate.call_one(lease(79, IMAGE_ROW, 5, seed=11), [site.generator])
+    alone, shared = await site.keeper.take.call_one()
+    assert [t.token_ids.tolist() for t in alone.trajectories] == [t.token_ids.tolist() for t in shared.trajectories]
+    assert max(site.errors(shared)) < AGREES
+    assert shared.lease.num_completions == len(shared.trajectories) == 5
 
 
 async def test_a_tensor_the_engine_does_not_know_is_refused_before_anything_is_sent(site: Site) -> None:

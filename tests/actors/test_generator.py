@@ -68,7 +68,7 @@ async def test_any_other_remote_error_goes_on_to_the_controller_at_once() -> Non
 async def test_without_an_engine_every_endpoint_says_so() -> None:
     idle = generator(Verifiers())
     with pytest.raises(NotReady, match="call ready"):
-        await idle.generate(lease(1, 0))
+        await idle.generate(lease(1, 0), [])
     with pytest.raises(NotReady):
         await idle.stats()
     await idle.close()

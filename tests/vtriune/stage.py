@@ -88,8 +88,9 @@ class FakeGenerator:
         self.is_dead = False
         self.num_dead_after: int | None = None
 
-    async def generate(self, lease: Lease) -> GroupReport:
+    async def generate(self, lease: Lease, others: list[Any]) -> GroupReport:
         self.check_alive()
+        self.stage.shares.append(1 + len(others))
         stage, first = self.stage, self.version
         if lease.purpose == "train":
             assert first >= stage.controller.window.version, "a lease was given to an engine that holds an old version"
@@ -203,6 +204,8 @@ class Stage:
         self.consumed: dict[int, int] = {}
         self.orders: list[TrainOrder] = []
         self.records: list[StepRecord] = []
+        self.shares: list[int] = []
+        """Generators that sampled each lease"""
         self.generators: list[FakeGenerator] = []
         self.slow: set[int] = set()
         self.equal_rewards: Callable[[Lease], bool] = lambda lease: False

@@ -85,6 +85,17 @@ async def test_a_dead_generators_groups_are_generated_by_the_others(tmp_path: Pa
     assert stage.records[-1].metrics["generators/deaths"] == 1
 
 
+async def test_groups_are_shared_out_when_there_are_fewer_than_idle_generators(tmp_path: Path) -> None:
+    few = Stage(tmp_path / "few", Policy(rollout_batch=2, group_size=8), num_generators=5, room=16)
+    await few.run()
+    # Five idle generators, two groups of the batch to come: two for the first, three for the last.
+    assert few.shares == [2, 3] * 6
+    assert few.records[-1].metrics["generators/shared_groups"] == 12
+    many = Stage(tmp_path / "many", ON, num_generators=5)
+    await many.run()
+    assert set(many.shares) == {1}, "six groups keep five generators busy as they are"
+
+
 async def test_a_restarted_generator_is_refitted_before_it_is_leased_to(tmp_path: Path) -> None:
     stage = Stage(tmp_path, OFF, steps=20, training_s=0.005, restarts=1, num_generators=1)
     controller = await stage.open()

@@ -33,10 +33,13 @@ class Simulation(RuleBasedStateMachine):
 
     @rule()
     def admit_all(self) -> None:
+        num_admissible = self.window.num_admissible
         while self.window.can_admit():
+            num_admissible -= 1
             self.window.admit(self.next_id)
             self.admitted[self.next_id] = (self.window.version, self.window.limits.max_staleness)
             self.next_id += 1
+        assert num_admissible == 0
 
     @precondition(lambda self: self.running())
     @rule(data=st.data())
