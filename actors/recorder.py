@@ -108,14 +108,18 @@ class Recording:
         for group_id in (*known, *evaluated):
             del self._stats[group_id]
         self._evaluations.clear()
-        return metrics, StepTicket(record.version, known, list(evaluated))
+        notes = {
+            "mode": "off_policy" if record.metrics.get("policy/is_off_policy") else "on_policy",
+            "max_staleness": f"{record.metrics.get('policy/max_staleness', 0):.0f}",
+        }
+        return metrics, StepTicket(record.version, known, list(evaluated), notes)
 
     def write_step(self, ticket: "StepTicket") -> list[Path]:
         """Archive a step's trajectories; returns the files written. Slow at scale: the actor runs it beside its loop."""
         paths = []
         if ticket.consumed:
             groups = (Archived(ticket.version - 1, group) for group in self._journal.read(ticket.consumed))
-            paths.append(archive.write(self._rollouts, "version", ticket.version, groups))
+            paths.append(archive.write(self._rollouts, "version", ticket.version, groups, ticket.notes))
         if ticket.evaluated:
             groups = (Archived(None, group) for group in self._journal.read(ticket.evaluated))
             paths.append(archive.write(self._rollouts, "evaluation", ticket.version, groups))
@@ -179,6 +183,8 @@ class StepTicket(msgspec.Struct, frozen=True):
     version: int
     consumed: list[int]
     evaluated: list[int]
+    notes: dict[str, str]
+    """The policy in force while the groups were consumed."""
 
 
 class Recorder(Actor):

@@ -8,6 +8,7 @@ The share of a generator that fails is sampled at home, where the prompt's prefi
 """
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ def shares_of(lease: Lease, num_shares: int) -> list[Lease]:
     edges = [total * index // num_shares for index in range(num_shares + 1)]
     return [
         replace(lease, first_completion=first + low, num_completions=high - low)
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in itertools.pairwise(edges)
         if high > low
     ]
 

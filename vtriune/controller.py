@@ -69,6 +69,8 @@ class Controller:
         self._snapshots = snapshots
         self._watcher = watcher
         self._requested: Stance | None = None
+        self._idle: dict[str, float] = {}
+        """Share of the last version's time that each role waited."""
         self._bell = asyncio.Event()
 
     # What launch and control call.
@@ -118,10 +120,15 @@ class Controller:
             },
             "ledger": self.leasing.ledger.counts(),
             "generators": {
-                str(engine.rank): {"health": engine.health.value, "completions": engine.num_leased}
+                str(engine.rank): {
+                    "health": engine.health.value,
+                    "completions": engine.num_leased,
+                    "waiting for": None if engine.num_leased else "slots in the window",
+                }
                 for engine in self._fleet.engines
             },
             "learner": "training" if self.window.is_training else "waiting for groups",
+            "idle": self._idle,
         }
 
     # The loops.
@@ -142,6 +149,10 @@ class Controller:
             metrics |= await self._publisher.publish(self.window.version + 1)
             metrics |= self._finish_version(batch, waited, time.monotonic() - started)
             metrics |= await self._fleet.figures()
+            self._idle = {
+                "learner": metrics["time/wait_s"] / metrics["time/step_s"],
+                "generators": metrics.get("generators/idle_share", 0.0),
+            }
             metrics |= await self._evaluate(self._is_evaluation_due())
             await self._record(self.window.version, batch, metrics)
             await self._save(is_last=False)
@@ -182,7 +193,8 @@ class Controller:
 
     async def _train_on(self, batch: list[int]) -> dict[str, float]:
         policy, ledger = self.config.policy, self.leasing.ledger
-        update_batch = policy.update_batch or policy.rollout_batch
+        is_on_policy = self.stance.mode == "on_policy"
+        update_batch = policy.rollout_batch if is_on_policy else policy.update_batch or policy.rollout_batch
         order = TrainOrder(
             version=self.window.version,
             updates=update_batches(batch, update_batch),
@@ -199,6 +211,7 @@ class Controller:
 
     def _finish_version(self, batch: list[int], waited_s: float, step_s: float) -> dict[str, float]:
         """The version is published: account for its groups, release their slots, apply a switch. Returns the loop's metrics."""
+        trained = self.stance
         self.leasing.ledger.consume(batch)
         self.window.publish()
         self._apply_stance()
@@ -210,8 +223,8 @@ class Controller:
             "time/wait_s": waited_s,
             "throughput/completions_per_s": completions / step_s,
             "throughput/tokens_per_s": tokens / step_s,
-            "policy/is_off_policy": float(self.stance.mode == "off_policy"),
-            "policy/max_staleness": float(self.stance.max_staleness),
+            "policy/is_off_policy": float(trained.mode == "off_policy"),
+            "policy/max_staleness": float(trained.max_staleness),
             "window/active": float(self.window.num_active),
             "batch/groups": float(len(batch)),
             "ledger/consumed": float(ledger["consumed"]),

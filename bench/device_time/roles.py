@@ -108,9 +108,7 @@ class SimulatedGenerator(Actor):
         lengths = self._device.lengths.draw(self._device.seed, lease.group_id, self._group_size)
         indices = range(lease.first_completion, lease.first_completion + lease.num_completions)
         # Each engine computes the prompt once.
-        completions = [
-            Completion(lease.group_id, index, int(lengths[index]), index == indices[0]) for index in indices
-        ]
+        completions = [Completion(lease.group_id, index, int(lengths[index]), index == indices[0]) for index in indices]
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         finished: dict[int, Finished] = {}
         self._pending[lease.group_id] = (ended, finished, len(completions))

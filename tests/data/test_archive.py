@@ -95,6 +95,13 @@ def test_spans_of_several_versions_and_faults_survive(tmp_path: Path) -> None:
     assert table["reward"].to_pylist() == [None]
 
 
+def test_a_file_tells_what_it_was_told_about_the_whole(tmp_path: Path) -> None:
+    notes = {"mode": "off_policy", "max_staleness": "2"}
+    path = archive.write(tmp_path, "version", 1, [Archived(0, scored([verdict(1.0)]))], notes)
+    assert archive.notes_of(path) == notes
+    assert archive.notes_of(archive.write(tmp_path, "version", 2, [Archived(1, scored([verdict(1.0)]))])) == {}
+
+
 def test_a_file_being_written_is_not_among_the_files(tmp_path: Path) -> None:
     archive.write(tmp_path, "version", 1, [Archived(0, scored([verdict(1.0)]))])
     (tmp_path / ".version-000002.parquet.partial").write_bytes(b"half")

@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from vtriune.data import archive
 from vtriune.torchvision_schemas import define_missing_schemas
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +102,13 @@ def role_of(process: psutil.Process) -> str:
         return ""
 
 
+def control(run_folder: Path, *words: str) -> dict[str, Any]:
+    """`python -m vtriune.control`, as a user calls it; the status it prints."""
+    command = [sys.executable, "-m", "vtriune.control", str(run_folder), *words]
+    status: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout)
+    return status
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Starts jobs over one run folder; none outlives the test."""
@@ -153,23 +162,34 @@ def test_a_run_stopped_by_ctrl_c_resumes_and_ends_with_everything_it_promises(st
 
 
 @pytest.mark.timeout(420)
-def test_off_policy_stays_within_its_bound_and_survives_a_killed_generator_and_verifier(
+def test_off_policy_stays_within_its_bound_survives_kills_and_is_switched_while_it_runs(
     start: Callable[..., Job],
 ) -> None:
-    job = start("run.steps=12", "policy.mode=off_policy", "policy.max_staleness=2", "evaluation.before=false")
+    job = start("run.steps=24", "policy.mode=off_policy", "policy.max_staleness=2", "evaluation.before=false")
     job.wait_for_version(2)
     os.kill(job.pid_of("generator"), signal.SIGKILL)
     job.wait_for_version(6)
     os.kill(job.pid_of("vtriune verifiers"), signal.SIGKILL)
+    job.wait_for_version(8)
+    assert control(job.run_folder, "mode=on_policy")["requested"] == {"mode": "on_policy", "max_staleness": 0}
+    job.wait_for_version(16)
+    control(job.run_folder, "mode=off_policy", "max_staleness=1")
     assert job.finish() == 0, job.text()
     lines = job.lines()
-    assert [line["version"] for line in lines] == list(range(1, 13))
-    staleness = [line["staleness/max"] for line in lines]
-    assert 0 < max(staleness) <= 2
+    assert [line["version"] for line in lines] == list(range(1, 25))
+    bounds = [line["policy/max_staleness"] for line in lines]
+    assert list(dict.fromkeys(bounds)) == [2, 0, 1], bounds
+    # Groups admitted before a switch keep the bound they were admitted under: at 2 there are at most two batches of them.
+    for index, line in enumerate(lines):
+        assert line["staleness/max"] <= max(bounds[max(index - 2, 0) : index + 1])
+        assert line["policy/is_off_policy"] == (line["policy/max_staleness"] > 0)
+    assert max(line["staleness/max"] for line in lines) > 0
     assert lines[-1]["generators/deaths"] == 1
-    assert lines[-1]["ledger/consumed"] == 96
+    assert lines[-1]["ledger/consumed"] == 24 * 8
     assert lines[-1]["ledger/lost"] == 0
     assert all(line["mismatch/max_abs"] <= 1e-4 for line in lines)
+    notes = [archive.notes_of(path) for _, path in archive.files(job.run_folder / "rollouts", "version")]
+    assert [float(note["max_staleness"]) for note in notes] == bounds
     assert job.left_behind() == []
 
 

@@ -129,6 +129,8 @@ def test_threads_left_to_the_machine_are_all_cores_in_turns_and_shared_when_role
         cluster = resolve(config, num_cores=8).cluster
         return cluster.generators.threads, cluster.learner.threads
 
+    assert threads(digits) == (1, 1), "what the file says stays"
+    digits = override(digits, ["cluster.generators.threads=0", "cluster.learner.threads=0"])
     assert threads(digits) == (8, 8)
     assert threads(override(digits, ["policy.mode=off_policy"])) == (4, 4)
     assert threads(override(digits, ["policy.mode=off_policy", "cluster.generators.procs=3"])) == (2, 2)

@@ -9,7 +9,7 @@ The recorder writes, `learner.replay`, `verifiers.rescore` and people read. A fi
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -67,15 +67,18 @@ class Archived(NamedTuple):
     group: ScoredGroup
 
 
-def write(folder: Path, kind: Kind, number: int, groups: Iterable[Archived]) -> Path:
+def write(
+    folder: Path, kind: Kind, number: int, groups: Iterable[Archived], notes: Mapping[str, str] | None = None
+) -> Path:
     """Write `groups` to the file of that kind and number; replaces one of the same name. On disk when this returns.
 
-    Memory: 64 groups at a time.
+    `notes` become the file's key-value metadata, see `notes_of`. Memory: 64 groups at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}-{number:06d}.parquet"
     temporary = path.with_name(f".{path.name}.partial")
     with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        writer.add_key_value_metadata(dict(notes or {}))
         rows: list[dict[str, Any]] = []
         for count, archived in enumerate(groups, 1):
             rows += _rows(archived)
@@ -96,6 +99,12 @@ def files(folder: Path, kind: Kind) -> list[tuple[int, Path]]:
         return []
     named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted((int(match[2]), path) for match, path in named if match is not None and match[1] == kind)
+
+
+def notes_of(path: Path) -> dict[str, str]:
+    """What `write` was told about the whole file: for a version's, `mode` and `max_staleness` while it was consumed."""
+    stored = pq.read_metadata(path).metadata or {}
+    return {key.decode(): value.decode() for key, value in stored.items() if key != b"ARROW:schema"}
 
 
 def read(path: Path) -> Iterator[Archived]:
