@@ -17,6 +17,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,7 @@ def soak(num_maps: int, num_answers: int, num_fuzzed: int) -> None:
     print(f"{num_maps:,} mAPs equal pycocotools' to {worst:.1e} ({time.perf_counter() - started_s:.0f} s)")
     soak_answers(num_answers)
     soak_fuzzed(num_fuzzed)
+    asyncio.run(soak_mathverify(num_fuzzed // 50))
 
 
 def soak_answers(num_answers: int) -> None:
@@ -273,12 +275,13 @@ def soak_fuzzed(num_fuzzed: int) -> None:
         RewardSpec(ground_truth="3", verifier="counting"),
         RewardSpec(ground_truth="stop sign", verifier="ocr"),
         RewardSpec(ground_truth="[0, 0, 10, 10]", verifier="point"),
+        RewardSpec(ground_truth="[[0, 0], [9, 0], [9, 9]]", verifier="polygon"),
         RewardSpec(ground_truth="[10, 20]", verifier="temporal"),
         RewardSpec(ground_truth='{"a": 1}', verifier="json_fields"),
     ]
     started_s, rng, num_boxes = time.perf_counter(), random.Random(2026), 0
-    for first in range(0, num_fuzzed, 700):
-        responses = [fuzzed_response(rng) for _ in range(700)]
+    for first in range(0, num_fuzzed, 800):
+        responses = [fuzzed_response(rng) for _ in range(800)]
         verdicts = score_batch(responses, specs * 100, 0.5)
         for response, verdict in zip(responses, verdicts, strict=True):
             assert verdict.status != "fault", (first, response, verdict)
@@ -286,6 +289,31 @@ def soak_fuzzed(num_fuzzed: int) -> None:
             num_boxes += verdict.status == "ok"
     print(
         f"{num_fuzzed:,} fuzzed responses scored, {num_boxes:,} of them readable ({time.perf_counter() - started_s:.0f} s)"
+    )
+
+
+async def soak_mathverify(num_fuzzed: int, group_size: int = 8) -> None:
+    """Fuzzed answers to math-verify, which runs in worker processes behind a deadline: each gets its verdict."""
+    rng, started_s = random.Random(2027), time.perf_counter()
+    spec = RewardSpec(ground_truth=r"\boxed{\frac{1}{2}}", verifier="mathverify")
+    pool, counts, gate = VerifierPool(num_workers=2), Counter[str](), asyncio.Semaphore(16)
+    await pool.start()
+
+    async def one() -> None:
+        async with gate:
+            answers = [f"<answer>\\boxed{{{fuzzed_response(rng)}}}</answer>" for _ in range(group_size)]
+            verdicts = await pool.score(answers, [spec] * group_size, 0.5, ["fuzz"] * group_size)
+            counts.update(verdict.status for verdict in verdicts)
+            assert all(verdict.status == "fault" or 0.0 <= verdict.reward <= 1.0 for verdict in verdicts), answers
+
+    try:
+        await asyncio.gather(*(one() for _ in range(num_fuzzed // group_size)))
+        assert len(pool.worker_pids) == 2, "a worker is missing"
+    finally:
+        await pool.close()
+    assert sum(counts.values()) == num_fuzzed // group_size * group_size
+    print(
+        f"{num_fuzzed:,} fuzzed answers through math-verify: {dict(counts)} ({time.perf_counter() - started_s:.0f} s)"
     )
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -26,6 +26,9 @@ class Screen(Protocol):
 
     def show(self, metrics: dict[str, float]) -> None:
         """One version's line of `metrics.jsonl`."""
+
+    def recall(self, lines: Iterable[dict[str, float]]) -> None:
+        """The lines of the versions before a resume: they belong to the courses and to the closing table."""
 
     def set_total(self, num_versions: int) -> None:
         """The run's length, once the data are counted."""
@@ -103,6 +106,10 @@ class PlainScreen:
         self._history.add(metrics)
         self.say(" · ".join([f"version {metrics['version']:.0f}/{self._num_versions}", *summary(metrics)]))
 
+    def recall(self, lines: Iterable[dict[str, float]]) -> None:
+        for line in lines:
+            self._history.add(line)
+
     def set_total(self, num_versions: int) -> None:
         self._num_versions = num_versions
 
@@ -139,6 +146,10 @@ class RichScreen:
         self._last = metrics
         self._progress.update(self._task, completed=metrics["version"])
         self._live.update(self._render())
+
+    def recall(self, lines: Iterable[dict[str, float]]) -> None:
+        for line in lines:
+            self.show(line)
 
     def set_total(self, num_versions: int) -> None:
         self._progress.update(self._task, total=num_versions)

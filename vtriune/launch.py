@@ -11,6 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
+
 from actors.generator import Generator
 from actors.recorder import Recorder
 from actors.verifier_pool import VerifierPoolActor
@@ -113,6 +115,7 @@ async def _run(config: Config, folder: Path, checkpoint: Path | None, screen: Sc
         if checkpoint is not None:
             screen.say(f"resuming from {checkpoint}")
             await controller.resume(checkpoint)
+            screen.recall(msgspec.json.decode(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines())
         with ControlServer(controller, folder) as server:
             _stop_on_signals(controller, screen)
             await first_to_end(controller.run(), server.serve(), crew.watch())

@@ -136,6 +136,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_and_ends_with_everything_it_promises(st
 
     again = start("run.steps=4")
     assert again.finish() == 0, again.text()
+    assert "held-out reward, before → after" in again.text(), "the first evaluation was before the resume"
     lines = again.lines()
     assert [line["version"] for line in lines] == [0, 1, 2, 3, 4]
     assert all(line["mismatch/max_abs"] <= 1e-4 for line in lines[1:])

@@ -1,5 +1,7 @@
 """What a person sees: one line per version when piped, a table of gains at the end."""
 
+from typing import Any
+
 import pytest
 
 from vtriune.console import History, PlainScreen, RichScreen, open_screen, sparkline
@@ -48,6 +50,18 @@ def test_the_live_panel_shows_every_source_and_closes_with_the_table(capsys: pyt
     assert "digits_ocr" in shown
     assert "2/2 versions" in shown
     assert "+0.250" in shown
+
+
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+def test_a_resumed_runs_table_begins_where_the_run_began(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = open_screen(kind, "digits")
+    screen.set_total(2)
+    screen.recall([VERSION_0, VERSION_1])
+    screen.show(VERSION_2)
+    screen.close()
+    shown = capsys.readouterr().out
+    assert "+0.250" in shown
+    assert "version 0/2" not in shown
 
 
 def test_one_evaluation_makes_no_table_of_gains() -> None:
