@@ -117,7 +117,7 @@ class Window:
         slots = self.capacity - self.num_active
         # The invariant, for the groups to come: last in line, their version at consumption stays within their bound.
         feasible = (self.limits.max_staleness - self.is_training + 1) * self.rollout_batch - len(self._waiting)
-        return max(0, min(slots, feasible, math.ceil(self._budget_left())))
+        return max(0, math.ceil(min(slots, feasible, self._budget_left())))
 
     def can_admit(self) -> bool:
         """Whether the next `admit` is allowed."""
