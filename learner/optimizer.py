@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,7 @@ class Optimizer:
 
         A non-finite norm leaves parameters and Adam's state as they are.
         """
-        factor = warmup_factor(update, self._section.warmup, num_updates_total)
+        factor = rate_factor(update, self._section.warmup, self._section.decay, num_updates_total)
         rates: dict[str, float] = {}
         for group in self.adamw.param_groups:
             group["lr"] = rates[group["module"]] = self._rates[group["module"]] * factor
@@ -121,10 +122,19 @@ class Optimizer:
         return {key: math.sqrt(value) if value >= 0 else math.nan for key, value in sums.items()}
 
 
-def warmup_factor(update: int, share: float, num_updates_total: int) -> float:
-    """Linear over the first ceil(share · total) updates, then 1; update 0 already has 1/n of the rate."""
-    num_warmup = math.ceil(share * num_updates_total)
-    return min(1.0, (update + 1) / num_warmup) if num_warmup else 1.0
+def rate_factor(
+    update: int, warmup: float, decay: Literal["none", "linear", "cosine"], num_updates_total: int
+) -> float:
+    """Share of the full rate at `update`: linear over the first ceil(warmup · total) updates, of which update 0 already has 1/n;
+    then 1, or falling. The last update still has a rate above 0; so has every later one, should there be more than planned."""
+    num_warmup = math.ceil(warmup * num_updates_total)
+    if update < num_warmup:
+        return (update + 1) / num_warmup
+    num_falling = num_updates_total - num_warmup
+    left = max(1, num_updates_total - update) / max(1, num_falling)
+    if decay == "linear":
+        return left
+    return 0.5 * (1 - math.cos(math.pi * left)) if decay == "cosine" else 1.0
 
 
 def rates_of(section: Section) -> Mapping[str, float]:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from learner.families import MODULES, UnknownModel, check_modules, family_of
 from learner.model import ModelError
-from learner.optimizer import Optimizer, warmup_factor
+from learner.optimizer import Optimizer, rate_factor
 from tests.learner import worlds
 from vtriune.config.tree import Optimizer as Section
 
@@ -18,10 +19,27 @@ from vtriune.config.tree import Optimizer as Section
 @given(st.integers(0, 400), st.floats(0, 1), st.integers(1, 400))
 @settings(deadline=None)
 def test_warm_up_starts_above_zero_rises_and_stays_at_one(update: int, share: float, total: int) -> None:
-    factor = warmup_factor(update, share, total)
+    factor = rate_factor(update, share, "none", total)
     assert 0 < factor <= 1
-    assert warmup_factor(update + 1, share, total) >= factor
+    assert rate_factor(update + 1, share, "none", total) >= factor
     assert update < math.ceil(share * total) or factor == 1
+
+
+@given(st.integers(0, 400), st.floats(0, 1), st.integers(1, 400), st.sampled_from(["linear", "cosine"]))
+@settings(deadline=None)
+def test_after_the_warm_up_a_decaying_rate_falls_from_the_full_one_and_stays_above_zero(
+    update: int, share: float, total: int, decay: Any
+) -> None:
+    num_warmup = math.ceil(share * total)
+    factor = rate_factor(update, share, decay, total)
+    assert 0 < factor <= 1
+    if update < num_warmup:
+        assert factor == rate_factor(update, share, "none", total)
+    else:
+        assert rate_factor(update + 1, share, decay, total) <= factor
+    if num_warmup < total:
+        assert rate_factor(num_warmup, share, decay, total) == pytest.approx(1)
+        assert rate_factor(total - 1, share, decay, total) <= max(2.5 / (total - num_warmup), 1e-9)
 
 
 def a_model(folder: Path) -> torch.nn.Module:

@@ -154,6 +154,8 @@ class Optimizer(_Section, frozen=True):
     """Per-module rates; None: `lr`."""
     warmup: float = 0.05
     """Share of all updates; the first update's rate is above 0."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """After the warm-up: a constant rate, or one that falls to almost 0 at the last update."""
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float = 1.0
