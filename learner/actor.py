@@ -1,6 +1,6 @@
 """The learner as an actor: one rank per process. A thin shell around `learner.service`; spawned by `vtriune.crew`.
 
-`deliver` is asynchronous and runs while a sync endpoint works; the others run one at a time on the actor's own thread, in
+`deliver` and `saved` are asynchronous and run while a sync endpoint works; the others run one at a time on the actor's own thread, in
 the order they were called, so that every rank makes its collective calls in the same order. torch is imported by the
 first rank that connects, not by whoever spawns or refers to the actor.
 """
@@ -74,8 +74,13 @@ class LearnerActor(Actor):
 
     @endpoint
     def save(self, folder: str) -> dict[str, Any]:
-        """All ranks: write the learner's part of a checkpoint."""
+        """All ranks: start writing the learner's part of a checkpoint."""
         return self._service.save(folder)
+
+    @endpoint
+    async def saved(self) -> dict[str, Any]:
+        """All ranks: returns once the last checkpoint's part is written; runs while the learner trains."""
+        return await asyncio.to_thread(self._service.saved)
 
     @endpoint
     def load(self, folder: str) -> None:

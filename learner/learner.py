@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from learner.balance import plan
 from learner.examples import Example, Inbox, check_staleness, example
 from learner.families import Family
+from learner.feature_cache import open_cache
 from learner.losses import LOSSES, Clip, correction_weight, denominator, kl_penalty, old_logprobs
 from learner.microbatch import Layout, MicroBatch, micro_batch
 from learner.optimizer import Optimizer, StepResult
@@ -64,7 +65,12 @@ class Learner:
         self.num_ranks = 1 if group is None else dist.get_world_size(group)
         self.family: Family = policy.family
         frozen = config.model.freeze
-        self.prompts = Prompts(policy, source, is_tower_frozen="vit" in frozen and "connector" in frozen)
+        self.prompts = Prompts(
+            policy,
+            source,
+            is_tower_frozen="vit" in frozen and "connector" in frozen,
+            open_disk=(lambda: open_cache(config, policy)) if config.model.feature_cache else None,
+        )
         self.optimizer = Optimizer(
             policy.model,
             self.family,
@@ -162,8 +168,8 @@ class Learner:
         """Features of the batch's images: from the cache, or computed in as many tower calls as the neediest rank has."""
         started = time.perf_counter()
         groups = [item.scored.group for item in batch]
-        calls = self.prompts.calls(self.prompts.missing(groups))
-        have = {g.lease.sample: cached for g in groups if (cached := self.prompts.cached(g.lease.sample)) is not None}
+        have = self.prompts.at_hand(groups)
+        calls = self.prompts.calls(self.prompts.missing(groups, have))
         for index in range(self._most(len(calls))):
             found = self.prompts.encode(calls[index] if index < len(calls) else [], self._layout.device)
             have.update(found)

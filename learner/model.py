@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a sharded `Policy` with the right modules frozen. Called by `learner.learner`."""
+"""From a Hugging Face folder to a sharded `Policy` with the right modules frozen. Called by `learner.service`."""
 
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
 
 from learner import attention
 from learner.families import MODULES, Family, check_modules, family_of
+from learner.hugging_face import compute_buffers, read_weights
 from learner.policy import Policy
 from vtriune.config.tree import Model
 from vtriune.torchvision_schemas import define_missing_schemas
@@ -25,8 +26,9 @@ class ModelError(ValueError):
     """A model folder or a model setting that cannot be trained; says which and what to change."""
 
 
-def load_model(section: Model, device: torch.device) -> tuple[nn.Module, Family]:
-    """transformers' model of `section.path` in float32 on `device`, with our attention and the frozen modules frozen.
+def build_model(section: Model, device: torch.device) -> tuple[nn.Module, Family]:
+    """transformers' model of `section.path` without values (on torch's `meta` device), with our attention for `device` and the
+    frozen modules frozen. `materialise` gives it values, after `shard` where it is sharded.
 
     Weights are float32 whatever `dtype` says: bfloat16 is the type of computation and of what is published.
     """
@@ -37,8 +39,8 @@ def load_model(section: Model, device: torch.device) -> tuple[nn.Module, Family]
     family = family_of(settings.model_type)
     _refuse_sliding_window(settings, section.path)
     auto = AutoModelForCausalLM if family.visual is None else AutoModelForImageTextToText
-    model: Any = auto.from_pretrained(section.path, dtype=torch.float32, local_files_only=True)
-    model.to(device)
+    with torch.device("meta"):
+        model: Any = auto.from_config(settings, dtype=torch.float32)
     use_attention(model, family, kernel_of(section.attention, device))
     freeze(model, family, section.freeze)
     # Nothing here is random (Qwen's dropout rates are 0); training mode is what switches activation checkpointing on.
@@ -49,6 +51,34 @@ def load_model(section: Model, device: torch.device) -> tuple[nn.Module, Family]
         # In place: parameter names and FSDP's hooks stay. Packs differ in length, hence dynamic shapes.
         for block in family.decoder(model).layers:  # type: ignore[union-attr]
             block.compile(dynamic=True)
+    return model, family
+
+
+def materialise(root: nn.Module, model: Any, section: Model, device: torch.device) -> None:
+    """Give `model` memory on `device` and the values of its folder; each rank reads its own shards only.
+
+    `root` is what `shard` sharded, or `model` itself. Buffers of `root` that have values keep them. Raises WeightsError.
+    """
+    home = torch.device("cpu") if _offloads_all(section, device) else device
+    kept = {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
+    root.to_empty(device=home)
+    # An unsharded model's tied parameters are two after this; a sharded one's stay one.
+    model.tie_weights()
+    for name, buffer in root.named_buffers():
+        if name in kept:
+            buffer.copy_(kept[name])
+    compute_buffers(model)
+    for module in root.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            # Offloaded parameters live on the host, buffers where the work is done.
+            setattr(module, name, buffer.to(device))
+    read_weights(model, Path(section.path))
+
+
+def load_model(section: Model, device: torch.device) -> tuple[nn.Module, Family]:
+    """`build_model` and `materialise` in one: an unsharded model with its values."""
+    model, family = build_model(section, device)
+    materialise(model, model, section, device)
     return model, family
 
 
@@ -83,12 +113,16 @@ def shard(policy: Policy, mesh: DeviceMesh, section: Model, device: torch.device
     mixed = MixedPrecisionPolicy()
     if section.dtype == "bfloat16":
         mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if section.offload == "all" and device.type == "cuda" else OffloadPolicy()
+    offload = CPUOffloadPolicy() if _offloads_all(section, device) else OffloadPolicy()
     for block in policy.family.blocks(policy.model):
         fully_shard(block, mesh=mesh, mp_policy=mixed, offload_policy=offload)
     fully_shard(policy, mesh=mesh, mp_policy=mixed, offload_policy=offload)
     if policy.family.visual is not None:
         register_fsdp_forward_method(policy, "encode")
+
+
+def _offloads_all(section: Model, device: torch.device) -> bool:
+    return section.offload == "all" and device.type == "cuda"
 
 
 def num_parameters(model: nn.Module, family: Family) -> dict[str, int]:

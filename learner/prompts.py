@@ -1,7 +1,8 @@
 """What a group's prompt is made of: positions, and image features through the vision tower, computed once. Called by `learner.learner`.
 
 Prompt and pixels come from the store, preprocessed by the one owner of preprocessing; the ids must equal those the engine
-sampled after. Features of a frozen tower are kept per sample, least recently used dropped first, bounded in bytes.
+sampled after. Features of a frozen tower are kept per sample: in memory, bounded in bytes, least recently used dropped first; and
+on disk with `model.feature_cache`.
 """
 
 from collections import OrderedDict
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.feature_cache import FeatureCache
 from learner.packing import Prompt
 from learner.policy import Policy
 from vtriune.messages import Group, SampleRef
@@ -56,6 +58,7 @@ class Prompts:
         is_tower_frozen: bool,
         cache_bytes: int = 1 << 30,
         patches_per_call: int = 16384,
+        open_disk: Callable[[], FeatureCache] | None = None,
     ):
         self._policy, self.source = policy, source
         self.is_tower_frozen = is_tower_frozen
@@ -63,6 +66,10 @@ class Prompts:
         self._prompts: OrderedDict[tuple[SampleRef, int | None], Prompt] = OrderedDict()
         self._features: OrderedDict[SampleRef, Tensor] = OrderedDict()
         self._num_bytes = 0
+        self._open_disk = open_disk
+        """Collective, and only once the tower has its weights; None: features are kept in memory only."""
+        self._disk: FeatureCache | None = None
+        self._device = next(policy.parameters()).device
         settings: Any = policy.model.config
         self.image_token_id: int | None = getattr(settings, "image_token_id", None)
         self._settings = settings
@@ -114,13 +121,27 @@ class Prompts:
             self._prompts.popitem(last=False)
         return features
 
-    def missing(self, groups: Sequence[Group]) -> list[Group]:
-        """Groups with images whose features are not at hand, one per sample."""
+    def at_hand(self, groups: Sequence[Group]) -> dict[SampleRef, Tensor]:
+        """Features of `groups`' samples that are in memory or on disk. Collective when the disk is first asked."""
+        if self._open_disk is not None and self._disk is None:
+            self._disk = self._open_disk()
+        found: dict[SampleRef, Tensor] = {}
+        for sample in {group.lease.sample: None for group in groups if self.has_images(group)}:
+            features = self._features.get(sample)
+            if features is not None:
+                self._features.move_to_end(sample)
+            elif self._disk is not None and (stored := self._disk.get(sample)) is not None:
+                features = stored.to(self._device)
+                self._remember(sample, features)
+            if features is not None:
+                found[sample] = features
+        return found
+
+    def missing(self, groups: Sequence[Group], have: Mapping[SampleRef, Tensor]) -> list[Group]:
+        """Groups with images whose features are not in `have`, one per sample."""
         absent: dict[SampleRef, Group] = {}
         for group in groups:
-            if group.lease.sample in self._features:
-                self._features.move_to_end(group.lease.sample)
-            elif self.has_images(group):
+            if group.lease.sample not in have and self.has_images(group):
                 absent.setdefault(group.lease.sample, group)
         return list(absent.values())
 
@@ -154,21 +175,24 @@ class Prompts:
         return result
 
     def keep(self, features: Mapping[SampleRef, Tensor]) -> None:
-        """Cache features, dropping the least recently used above the bound."""
+        """Cache what was computed: in memory, the least recently used dropped above the bound, and on disk where that is asked for."""
         for sample, tensor in features.items():
-            self._features[sample] = tensor
-            self._num_bytes += tensor.nbytes
+            self._remember(sample, tensor)
+            if self._disk is not None:
+                self._disk.put(sample, tensor)
+
+    def _remember(self, sample: SampleRef, features: Tensor) -> None:
+        self._features[sample] = features
+        self._num_bytes += features.nbytes
         while self._num_bytes > self._cache_bytes and self._features:
             _, dropped = self._features.popitem(last=False)
             self._num_bytes -= dropped.nbytes
 
-    def cached(self, sample: SampleRef) -> Tensor | None:
-        return self._features.get(sample)
-
     def forget_features(self) -> None:
-        """Drop all features; called when the tower's weights are loaded anew."""
+        """Drop all features in memory; called when the tower's weights are loaded anew, whose features on disk are others."""
         self._features.clear()
         self._num_bytes = 0
+        self._disk = None
 
     def blank(self) -> Images:
         """The smallest image the tower takes: one merged token."""

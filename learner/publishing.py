@@ -119,7 +119,7 @@ class WeightSender:
     def _send_bucket(self, bucket: Bucket, tensors: dict[str, torch.Tensor], courier: "_Courier | None") -> None:
         buffer = courier.buffer(bucket) if courier is not None else None
         for slot in bucket.slots:
-            whole = _gathered(tensors[slot.entry.name])
+            whole = gathered(tensors[slot.entry.name])
             if courier is not None and buffer is not None:
                 view = view_of(buffer, slot)
                 view.copy_(whole)
@@ -211,7 +211,7 @@ class _Courier:
         return cause
 
 
-def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor on this rank; collective for a sharded one."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()

@@ -81,6 +81,7 @@ def replay(config: Config, run: Path, batches: Iterable[Batch], save_to: Path | 
         if save_to is not None:
             save_to.mkdir(parents=True, exist_ok=True)
             service.save(str(save_to))
+            service.saved()
     finally:
         service.close()
 

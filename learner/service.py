@@ -1,9 +1,10 @@
 """One learner rank as blocking calls: what `learner.actor` runs on its own thread. Usable without the runtime.
 
 Order of calls: `open_store` (rank 0), `connect` (all ranks together), `ready`; then `deliver` from any thread, and the
-collective ones (`train`, `publish`, `save`, `load`, `canary`) in the same order on every rank.
+collective ones (`train`, `publish`, `save`, `load`, `canary`; not `saved`) in the same order on every rank.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from learner import state
 from learner.learner import Learner
-from learner.model import load_model, num_parameters, shard
+from learner.model import build_model, materialise, num_parameters, shard
 from learner.policy import Policy
 from learner.prompts import Features
 from learner.publishing import WeightSender
@@ -50,6 +53,9 @@ class LearnerService:
         self._store_folders = tuple(store_folders)
         self._learner: Learner | None = None
         self._sender: WeightSender | None = None
+        self._writing: state.Writing | None = None
+        self._writers: dist.ProcessGroup | None = None
+        """The ranks' group while threads write a checkpoint."""
         self._arrived = threading.Condition()
 
     def open_store(self) -> int:
@@ -62,12 +68,10 @@ class LearnerService:
         device = _device(self.config, self.ranks.rank)
         mesh = self.ranks.connect(host, port, device)
         section = self.config.model
-        policy = self._policy(device)
-        shard(policy, mesh, section, device)
+        policy = self._policy(mesh, device)
         reference = None
         if self.config.loss.kl_weight:
-            reference = self._policy(device).requires_grad_(False)
-            shard(reference, mesh, section, device)
+            reference = self._policy(mesh, device).requires_grad_(False)
         learner = Learner(self.config, policy, self._source(), group=mesh.get_group(), reference=reference)
         self._sender = WeightSender(
             policy.model,
@@ -75,6 +79,7 @@ class LearnerService:
             dtype=torch.bfloat16 if section.dtype == "bfloat16" else None,
             host=_bind_address(self.config),
         )
+        self._writers = dist.new_group(backend="gloo")
         self._learner = learner
 
     def ready(self) -> dict[str, Any]:
@@ -126,32 +131,54 @@ class LearnerService:
         return self.learner.score(canary.sample, None, canary.response_ids)
 
     def save(self, folder: str) -> dict[str, Any]:
-        """Write this learner's part of a checkpoint. Collective."""
+        """Copy the state and start writing this learner's part of a checkpoint; `saved` says when it is written. Collective.
+
+        Waits for the checkpoint before, and raises what broke it. Returns `blocked_s`: how long training could not go on.
+        """
         started = time.perf_counter()
-        num_bytes = state.save(self.learner, Path(folder))
-        return {"num_bytes": num_bytes, "save_s": time.perf_counter() - started}
+        self.saved()
+        self._writing = state.begin_save(self.learner, Path(folder), self._writers)
+        return {"blocked_s": time.perf_counter() - started}
+
+    def saved(self) -> dict[str, Any]:
+        """Wait until this rank's part of the last checkpoint is written; from any thread, also while training.
+
+        Returns `num_bytes` in its folder so far, 0 without a checkpoint. Raises what broke the write.
+        """
+        writing = self._writing
+        return {"num_bytes": 0 if writing is None else writing.wait()}
 
     def load(self, folder: str) -> None:
         """Resume from a checkpoint. Collective."""
         state.load(self.learner, Path(folder))
 
     def close(self) -> None:
-        """Leave the group and free the weight group's sockets."""
+        """Let a checkpoint in hand be written, leave the group and free the weight group's sockets."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            with contextlib.suppress(Exception):
+                # Whoever asked for the checkpoint heard of its failure from `saved`.
+                writing.wait()
         if self._sender is not None:
             self._sender.close()
         self._learner = self._sender = None
         self.ranks.close()
 
-    def _policy(self, device: torch.device) -> Policy:
-        model, family = load_model(self.config.model, device)
+    def _policy(self, mesh: DeviceMesh, device: torch.device) -> Policy:
+        """Sharded before it has values, so that no rank ever holds the whole model."""
+        section = self.config.model
+        model, family = build_model(section, device)
         settings: Any = model.config
         blocked = [getattr(settings, key, None) for key in ("image_token_id", "video_token_id")]
-        return Policy(
+        policy = Policy(
             model,
             family,
             temperature=self.config.sampling.temperature,
             blocked_ids=[token for token in blocked if token is not None],
         )
+        shard(policy, mesh, section, device)
+        materialise(policy, model, section, device)
+        return policy
 
     def _source(self) -> "Samples":
         data = self.config.data

@@ -4,11 +4,13 @@
     hf/            a ready Hugging Face folder: weights in `model.dtype`, processor, generation_config
     learner.json   ids of the consumed groups
 
-The folder's atomicity (fsync, hashes, rename) is its owner's affair: `vtriune.checkpoint`.
+`begin_save` copies the state to host memory and returns; threads write it while training goes on. The folder's atomicity (fsync,
+hashes, rename) is its owner's affair: `vtriune.checkpoint`, once the threads of all ranks have ended.
 """
 
 import json
-import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +25,50 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from learner import hugging_face
 from learner.learner import Learner
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+class Writing:
+    """A checkpoint on its way to the disk, written by threads of this rank."""
+
+    def __init__(self, folder: Path, parts: Sequence[Future[Any]]):
+        self.folder = folder
+        self._parts = parts
+
+    def wait(self) -> int:
+        """Return once this rank's files are written: bytes below the folder so far. Raises what broke a write, however often asked."""
+        for part in self._parts:
+            part.result()
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def begin_save(learner: Learner, folder: Path, group: dist.ProcessGroup | None = None) -> Writing:
+    """Copy the state as it is now and start writing it below `folder`. Collective; the learner may train on once it returns.
+
+    `group` is for the ranks' agreement while they write, beside the learner's own, which is in use meanwhile; None without one.
+    Memory until written, on the host: the rank's shards (parameters and Adam's moments); on rank 0 also the model in `model.dtype`.
+    """
+    sharded: Any = dcp.async_save(
+        _sharded(learner), checkpoint_id=folder / "dcp", process_group=group, no_dist=group is None
+    )
+    section = learner.config.model
+    weights = hugging_face.snapshot(learner.policy.model, Path(section.path), section.dtype, keeps=learner.rank == 0)
+    consumed = learner.inbox.consumed()
+    if learner.rank:
+        return Writing(folder, [sharded])
+    with_threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+    whole = with_threads.submit(_write_whole, weights, consumed, folder)
+    with_threads.shutdown(wait=False)
+    return Writing(folder, [sharded, whole])
 
 
 def save(learner: Learner, folder: Path) -> int:
-    """Write below `folder`, collectively; returns the number of bytes this rank's folder view holds afterwards."""
-    dcp.save(
-        _sharded(learner), checkpoint_id=folder / "dcp", process_group=learner.group, no_dist=learner.group is None
-    )
-    save_hugging_face(learner, folder / "hf")
-    if learner.rank == 0:
-        (folder / "learner.json").write_text(json.dumps({"consumed": learner.inbox.consumed()}))
+    """`begin_save`, and wait for all ranks; returns the bytes below `folder`. Collective."""
+    num_bytes = begin_save(learner, folder, learner.group).wait()
     if learner.group is not None:
         dist.barrier(learner.group)
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return num_bytes
 
 
 def load(learner: Learner, folder: Path) -> None:
@@ -57,30 +86,10 @@ def load(learner: Learner, folder: Path) -> None:
     learner.prompts.forget_features()
 
 
-def save_hugging_face(learner: Learner, folder: Path) -> None:
-    """Gather the full weights to rank 0 and write a folder that transformers and vLLM load as it is. Collective."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    full: dict[str, Any] = get_model_state_dict(learner.policy.model, options=options)
-    if learner.rank:
-        return
-    dtype = _DTYPES[learner.config.model.dtype]
-    full = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in full.items()}
-    model: Any = learner.policy.model
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=full)
-    _declare_dtype(folder / "config.json", learner.config.model.dtype)
-    for path in Path(learner.config.model.path).iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
-
-
-def _declare_dtype(path: Path, dtype: str) -> None:
-    """The weights' type as written, which is not that of the float32 module they come from."""
-    settings = json.loads(path.read_text())
-    for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
-        if "dtype" in section:
-            section["dtype"] = dtype
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+def _write_whole(weights: hugging_face.Snapshot, consumed: list[int], folder: Path) -> None:
+    """What rank 0 writes besides its shards."""
+    hugging_face.write_folder(weights, folder / "hf")
+    (folder / "learner.json").write_text(json.dumps({"consumed": consumed}))
 
 
 def _sharded(learner: Learner) -> dict[str, Any]:

@@ -261,14 +261,15 @@ class Controller:
         self._watcher.show(await self._recorder.record_step.call_one(record))
 
     async def _save(self, *, is_last: bool) -> None:
-        """Write a checkpoint if one is due; the window is between batches here."""
-        if not self._snapshots.is_due(self.window.version, is_last=is_last):
-            return
-        state = RunState(
-            self.window.version,
-            self.num_updates,
-            self.leasing.ledger.state(),
-            self.leasing.cursor.state_dict(),
-            self.window.num_filtered,
-        )
-        await self._snapshots.write(state, self._learner)
+        """Begin a checkpoint if one is due; the window is between batches here. The last one is waited for."""
+        await self._snapshots.settle(waits=False)
+        if self._snapshots.is_due(self.window.version, is_last=is_last):
+            state = RunState(
+                self.window.version,
+                self.num_updates,
+                self.leasing.ledger.state(),
+                self.leasing.cursor.state_dict(),
+                self.window.num_filtered,
+            )
+            await self._snapshots.write(state, self._learner)
+        await self._snapshots.settle(waits=is_last)

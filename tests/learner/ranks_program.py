@@ -9,12 +9,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from learner import state
+from learner import hugging_face, state
 from learner.learner import Learner
-from learner.model import shard
+from learner.model import build_model, materialise, shard
+from learner.policy import Policy
 from learner.ranks import Ranks
 from learner.tally import Tally
 from tests.learner import runs, worlds
+from vtriune.config.tree import Model
 from vtriune.messages import ScoredGroup, TrainOrder
 
 Scenario = tuple[worlds.World, list[ScoredGroup], tuple[str, ...]]
@@ -92,6 +94,38 @@ def a_learner(folder: Path, mesh: Any) -> tuple[Learner, list[ScoredGroup]]:
     return Learner(config, policy, world, group=None if mesh is None else mesh.get_group()), groups
 
 
+KINDS = ("qwen2_5_vl", "untied", "qwen3_vl", "qwen3")
+
+
+def loaded(models: Path, mesh: Any) -> dict[str, Any]:
+    """Every family built without values, sharded, then read: whole values by name, and how many numbers this rank read of how many."""
+    num_read = 0
+    read = hugging_face._rows_of
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal num_read
+        part = read(*arguments)
+        num_read += part.numel()
+        return part
+
+    hugging_face._rows_of = counted
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        num_read = 0
+        section = Model(path=str(models / kind), dtype="float32", freeze=[])
+        model, family = build_model(section, torch.device("cpu"))
+        assert all(parameter.is_meta for parameter in model.parameters())
+        policy = Policy(model, family, temperature=1.0, blocked_ids=[4])
+        shard(policy, mesh, section, torch.device("cpu"))
+        materialise(policy, model, section, torch.device("cpu"))
+        values = {name: whole(p) for name, p in model.named_parameters(remove_duplicate=False)}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        total = sum(p.numel() for p in model.parameters())
+        found[kind] = {"values": values | buffers, "read": num_read, "total": total, "blocked": policy.blocked_ids}
+    hugging_face._rows_of = read
+    return found
+
+
 def parameters_of(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: whole(p) for name, p in learner.policy.model.named_parameters()}
 
@@ -107,13 +141,17 @@ def run_rank(rank: int, num_ranks: int, folder: Path, out: Path, ports: Any) -> 
     else:
         port = ports.get()
     mesh = ranks.connect("127.0.0.1", port, torch.device("cpu"))
+    by_kind = loaded(folder.parent, mesh)
     found = {name: gradients(folder, scenario, mesh) for name, scenario in scenarios().items()}
     learner, groups = a_learner(folder, mesh)
     reports = steps(learner, groups, 0, 2)
-    state.save(learner, out / "checkpoint")
     middle = parameters_of(learner)
+    # Written while the ranks train on, by threads that agree over a group of their own.
+    writing = state.begin_save(learner, out / "checkpoint", dist.new_group(backend="gloo"))
     reports += steps(learner, groups, 2, 2)
     end = parameters_of(learner)
+    writing.wait()
+    dist.barrier()
     resumed, _ = a_learner(folder, mesh)
     state.load(resumed, out / "from_one_rank")
     foreign = parameters_of(resumed)
@@ -122,7 +160,15 @@ def run_rank(rank: int, num_ranks: int, folder: Path, out: Path, ports: Any) -> 
     again = parameters_of(resumed)
     if rank == 0:
         torch.save(
-            {"gradients": found, "reports": reports, "middle": middle, "end": end, "foreign": foreign, "again": again},
+            {
+                "loaded": by_kind,
+                "gradients": found,
+                "reports": reports,
+                "middle": middle,
+                "end": end,
+                "foreign": foreign,
+                "again": again,
+            },
             out / "found.pt",
         )
     dist.barrier()

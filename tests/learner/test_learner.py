@@ -13,7 +13,7 @@ from learner.examples import DeliveryError, StaleTrajectory, example
 from learner.learner import Learner
 from learner.prompts import PromptMismatch
 from tests.learner import runs, worlds
-from vtriune.messages import ScoredGroup, VersionSpan
+from vtriune.messages import SampleRef, ScoredGroup, VersionSpan
 
 replace = msgspec.structs.replace
 
@@ -271,7 +271,7 @@ def test_images_of_a_frozen_tower_are_encoded_once_and_the_cache_is_bounded(fold
     assert sum(calls) == sum(len(f.image_grid_thw) for f in world.features)
     assert learner.prompts._num_bytes == sum(t.nbytes for t in learner.prompts._features.values()) > 0
     learner.prompts._cache_bytes = 600
-    learner.prompts.keep({})
+    learner.prompts.keep({SampleRef("world", 99): torch.zeros(1)})
     assert learner.prompts._num_bytes <= 600
 
 

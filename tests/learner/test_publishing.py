@@ -61,7 +61,7 @@ def run_rank(rank: int, num_ranks: int, folder: str, commands: Connection) -> No
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     senders = {None: WeightSender(model, trainable), "bfloat16": WeightSender(model, trainable, dtype=torch.bfloat16)}
-    whole = publishing._gathered
+    whole = publishing.gathered
     while True:
         command, argument, dtype = commands.recv()
         sender = senders[dtype]
@@ -70,9 +70,9 @@ def run_rank(rank: int, num_ranks: int, folder: str, commands: Connection) -> No
         if command == "open":
             commands.send(sender.open_rendezvous(argument))
         elif command == "break_gather":
-            publishing._gathered = _broken
+            publishing.gathered = _broken
         elif command == "mend":
-            publishing._gathered = whole
+            publishing.gathered = whole
         elif command == "manifest":
             commands.send(sender.manifest(argument, version=9))
         elif command == "update":

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from learner import state
+from tests.learner import oracle, runs, worlds
 from tests.learner import ranks_program as program
-from tests.learner import runs, worlds
 
 TOLERANCE = 1e-5
 
@@ -41,6 +41,19 @@ def test_two_ranks_have_the_gradients_of_one_and_of_transformers(
     assert two["gradients"][name].keys() == single.keys()
     assert runs.relative_gradient_error(two["gradients"][name], single) < TOLERANCE
     assert runs.relative_gradient_error(two["gradients"][name], {key: expected[key] for key in single}) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", program.KINDS)
+def test_two_ranks_hold_what_from_pretrained_loads_and_each_read_its_half(
+    models: dict[str, Path], two: dict[str, Any], kind: str
+) -> None:
+    found, expected = two["loaded"][kind], oracle.load(models[kind])
+    theirs = {**dict(expected.named_parameters(remove_duplicate=False)), **dict(expected.named_buffers())}
+    assert found["values"].keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(found["values"][name], value), name
+    assert found["blocked"].tolist() == [4]
+    assert found["read"] <= 0.55 * found["total"]
 
 
 def test_the_scenarios_put_images_on_one_rank_only(models: dict[str, Path]) -> None:

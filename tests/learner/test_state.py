@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
-from learner import state
+from learner import hugging_face, state
 from tests.learner import oracle
 from tests.learner import ranks_program as program
 
@@ -70,11 +70,43 @@ def test_the_hugging_face_folder_is_the_trained_model(models: dict[str, Path], t
 
 def test_a_bfloat16_model_is_exported_as_bfloat16(models: dict[str, Path], tmp_path: Path) -> None:
     learner, _ = program.a_learner(models["qwen2_5_vl"], None)
-    section = msgspec.structs.replace(learner.config.model, dtype="bfloat16")
-    learner.config = msgspec.structs.replace(learner.config, model=section)
-    state.save_hugging_face(learner, tmp_path)
+    hugging_face.write_folder(
+        hugging_face.snapshot(learner.policy.model, models["qwen2_5_vl"], "bfloat16", keeps=True), tmp_path
+    )
     settings = json.loads((tmp_path / "config.json").read_text())
     assert (settings["dtype"], settings["text_config"]["dtype"]) == ("bfloat16", "bfloat16")
     loaded = oracle.load(tmp_path, dtype=torch.bfloat16)
     ours = program.parameters_of(learner)
     assert all(torch.equal(ours[name].bfloat16(), p) for name, p in loaded.named_parameters())
+
+
+def test_what_is_written_is_the_moment_of_the_copy_though_training_goes_on(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    learner, groups = program.a_learner(models["qwen2_5_vl"], None)
+    program.steps(learner, groups, 0, 1)
+    expected = program.parameters_of(learner)
+    writing = state.begin_save(learner, tmp_path)
+    program.steps(learner, groups, 1, 2)
+    after = program.parameters_of(learner)
+    assert writing.wait() > 0
+    resumed, _ = program.a_learner(models["qwen2_5_vl"], None)
+    state.load(resumed, tmp_path)
+    assert all(torch.equal(expected[name], value) for name, value in program.parameters_of(resumed).items())
+    exported = dict(oracle.load(tmp_path / "hf").named_parameters())
+    assert all(torch.equal(expected[name], value) for name, value in exported.items())
+    # Adam's moments are of that moment too: going on from them gives what went on without a pause.
+    program.steps(resumed, groups, 1, 2)
+    assert all(torch.equal(after[name], value) for name, value in program.parameters_of(resumed).items())
+
+
+@pytest.mark.parametrize("part", ["dcp", "hf"])
+def test_a_write_that_breaks_is_raised_by_whoever_waits_for_it(
+    models: dict[str, Path], tmp_path: Path, part: str
+) -> None:
+    learner, _ = program.a_learner(models["qwen2_5_vl"], None)
+    (tmp_path / part).write_text("in the way")
+    writing = state.begin_save(learner, tmp_path)
+    for _ in range(2):
+        with pytest.raises((OSError, CheckpointException), match=part):
+            writing.wait()

@@ -156,6 +156,9 @@ class FakeLearner:
     async def save(self, folder: str) -> None:
         (Path(folder) / "weights").write_text(str(self.version))
 
+    async def saved(self) -> None:
+        pass
+
     async def load(self, folder: str) -> None:
         self.version = int((Path(folder) / "weights").read_text())
         self.stage.delivered.clear()

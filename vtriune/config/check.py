@@ -94,6 +94,11 @@ def _model_problems(config: Config) -> Iterable[str]:
         yield f"model.path: {folder} has no tokenizer (tokenizer.json)"
     if not any(folder.glob("*.safetensors")):
         yield f"model.path: {folder} has no *.safetensors weights"
+    if config.model.feature_cache and not {"vit", "connector"} <= set(config.model.freeze):
+        yield (
+            f"model.feature_cache: {config.model.feature_cache!r}, but features change while vit or connector is trained; "
+            "freeze both, or leave feature_cache empty"
+        )
     if set(config.model.freeze) >= {"vit", "connector", "llm"}:
         yield "model.freeze: vit, connector and llm are all frozen; nothing would be trained"
 

@@ -79,6 +79,8 @@ class Model(_Section, frozen=True):
     activation_checkpointing: bool = False
     compile: bool = False
     offload: Literal["none", "optimizer", "all"] = "none"
+    feature_cache: str = ""
+    """Folder that keeps the image features of a frozen ViT and connector, between runs too; empty: in memory only."""
 
 
 class Data(_Section, frozen=True):
