@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtriune.config.tree import Config
 from vtriune.messages import Canary, PublishOrder, PublishReport, Rendezvous, ScoredGroup, TrainOrder, TrainReport
-from vtriune.runtime import Actor, current_rank, current_size, endpoint
+from vtriune.runtime import Actor, current_rank, current_size, endpoint, interface_of
 
 if TYPE_CHECKING:
     from learner.service import LearnerService
@@ -28,7 +28,7 @@ class LearnerActor(Actor):
         for size in current_size().values():
             num_ranks *= size
         self._service: LearnerService = LearnerService(
-            config, run_folder, store_folders, current_rank().rank, num_ranks
+            config, run_folder, store_folders, current_rank().rank, num_ranks, interface_of()
         )
 
     @endpoint

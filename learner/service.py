@@ -45,11 +45,20 @@ class NotReady(RuntimeError):
 
 
 class LearnerService:
-    """Rank `rank` of `num_ranks`."""
+    """Rank `rank` of `num_ranks`; rank 0 opens its sockets at `host`, an address of its machine that all members reach."""
 
-    def __init__(self, config: Config, run_folder: str, store_folders: Sequence[str], rank: int, num_ranks: int):
+    def __init__(
+        self,
+        config: Config,
+        run_folder: str,
+        store_folders: Sequence[str],
+        rank: int,
+        num_ranks: int,
+        host: str = "127.0.0.1",
+    ):
         self.config, self.run_folder = config, Path(run_folder)
-        self.ranks = Ranks(rank, num_ranks, _bind_address(config))
+        self.ranks = Ranks(rank, num_ranks, host)
+        self._host = host
         self._store_folders = tuple(store_folders)
         self._learner: Learner | None = None
         self._sender: WeightSender | None = None
@@ -77,7 +86,7 @@ class LearnerService:
             policy.model,
             lambda name: policy.family.module_of(name) not in section.freeze,
             dtype=torch.bfloat16 if section.dtype == "bfloat16" else None,
-            host=_bind_address(self.config),
+            host=self._host,
         )
         self._writers = dist.new_group(backend="gloo")
         self._learner = learner
@@ -195,11 +204,6 @@ class Samples:
     def __call__(self, sample: SampleRef, prompt_seed: int | None) -> Features:
         prompt = self._preprocessor.prepare(self._stores.get(sample), prompt_seed)
         return self._preprocessor.features(prompt)
-
-
-def _bind_address(config: Config) -> str:
-    """Loopback unless the run spans hosts."""
-    return "127.0.0.1" if config.cluster.bind in ("ipc", "127.0.0.1") else config.cluster.bind
 
 
 def _device(config: Config, rank: int) -> torch.device:

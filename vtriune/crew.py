@@ -22,8 +22,18 @@ from vtriune.data.processing import Preprocessor
 from vtriune.data.store import Store
 from vtriune.fleet import Fleet, Health, Spawned
 from vtriune.messages import Canary
+from vtriune.places import Places, Role, open_places
 from vtriune.publisher import Publisher
-from vtriune.runtime import Actor, MeshFailure, ProcMesh, ProgressWatchdog, RestartPolicy, Stall, this_host
+from vtriune.runtime import (
+    Actor,
+    HostMesh,
+    MeshFailure,
+    ProcMesh,
+    ProgressWatchdog,
+    RestartPolicy,
+    Stall,
+    interface_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +81,7 @@ class Crew:
         self._store_folders = [str(store.folder) for store in stores]
         self._say = say
         self._procs: list[ProcMesh] = []
+        self._places: Places
         generators = config.cluster.generators
         # Twice what the engine can run at once: a group keeps its places until its last completion ends, so with fewer the engine
         # runs half empty behind each group's longest completion. Waiting completions have no token yet, so they do not age.
@@ -82,6 +93,7 @@ class Crew:
 
     async def __aenter__(self) -> "Crew":
         self._loop = asyncio.get_running_loop()
+        self._places = await open_places(self._config.cluster, self._say)
         try:
             await self._start()
             self._watchdog = ProgressWatchdog(self._config.cluster.stall_s, self._stalled)
@@ -115,14 +127,15 @@ class Crew:
         await self.fleet.stop()
         await asyncio.gather(*(procs.stop() for procs in self._procs))
         self._procs.clear()
+        self._places.close()
 
     async def _start(self) -> None:
         """Processes first, all at once; then actors, which construct while others do."""
         cluster, started = self._config.cluster, time.monotonic()
         recorder, learner, verifiers = await asyncio.gather(
-            self._spawn_procs("recorder", 1, threads=1),
-            self._spawn_procs("learner", cluster.learner.procs, threads=cluster.learner.threads),
-            self._spawn_procs("verifiers", cluster.verifiers.procs, threads=1, num_restarts=cluster.verifiers.restarts),
+            self._spawn_role("recorder", threads=1),
+            self._spawn_role("learner", threads=cluster.learner.threads),
+            self._spawn_role("verifiers", threads=1, num_restarts=cluster.verifiers.restarts),
         )
         roles, folders = self._roles, self._store_folders
         self.recorder = recorder.spawn("recorder", roles.recorder, self._config, str(self._folder))
@@ -131,45 +144,65 @@ class Crew:
             "verifiers", roles.verifier_pool, self._config, folders, self.learner, self.recorder
         )
         await asyncio.gather(
-            self.fleet.start(), self._ready_learner(), _ready(self.verifiers), self.recorder.initialized
+            self.fleet.start(self._places.num_generators),
+            self._ready_learner(interface_of(learner.peers[0])),
+            _ready(self.verifiers),
+            self.recorder.initialized,
         )
         self._say(f"generators, verifiers, learner and recorder are ready after {time.monotonic() - started:.0f} s")
 
-    async def _ready_learner(self) -> None:
+    async def _ready_learner(self, host: str) -> None:
         port = await self.learner.slice(procs=0).open_store.call_one()
-        await self.learner.connect.call("127.0.0.1", port)
+        await self.learner.connect.call(host, port)
         await self.learner.ready.call()
 
     async def _spawn_generator(self, rank: int) -> Spawned:
-        threads = self._config.cluster.generators.threads
-        procs = await asyncio.to_thread(
-            this_host().spawn_procs,
-            {"procs": 1},
+        procs = await self._spawn(
+            await self._places.generator_host(rank),
+            1,
             name=f"generator-{rank}",
-            env=_thread_limits(threads),
-            log_folder=self._folder / "logs",
+            env=_thread_limits(self._config.cluster.generators.threads),
             on_failure=lambda failure: self._loop.call_soon_threadsafe(self._generator_failed, rank, failure),
-            frozen_after_s=self._config.cluster.heartbeat_s,
-            ready_s=START_S,
         )
-        actor = procs.spawn("generator", self._roles.generator, self._config, self._store_folders, self.verifiers, rank)
-        await _ready(actor)
+        try:
+            actor = procs.spawn(
+                "generator", self._roles.generator, self._config, self._store_folders, self.verifiers, rank
+            )
+            await _ready(actor)
+        except BaseException:  # Also when the run ends meanwhile: nobody else knows of this process yet.
+            await procs.stop()
+            raise
         return Spawned(procs, actor)
 
-    async def _spawn_procs(self, name: str, num_procs: int, *, threads: int, num_restarts: int = 0) -> ProcMesh:
-        procs = await asyncio.to_thread(
-            this_host().spawn_procs,
-            {"procs": num_procs},
-            name=name,
+    async def _spawn_role(self, role: Role, *, threads: int, num_restarts: int = 0) -> ProcMesh:
+        procs = await self._spawn(
+            *self._places.hosts(role),
+            name=role,
             env=_thread_limits(threads),
-            log_folder=self._folder / "logs",
             on_failure=lambda failure: self._loop.call_soon_threadsafe(self._failed, failure),
             restart=RestartPolicy(num_restarts) if num_restarts else None,
-            frozen_after_s=self._config.cluster.heartbeat_s,
-            ready_s=START_S,
         )
         self._procs.append(procs)
         return procs
+
+    async def _spawn(self, hosts: HostMesh, per_host: int, **options: Any) -> ProcMesh:
+        """Processes along the one dimension `procs`."""
+        spawning = asyncio.ensure_future(
+            asyncio.to_thread(
+                hosts.spawn_procs,
+                {"procs": per_host},
+                log_folder=self._folder / "logs",
+                frozen_after_s=self._config.cluster.heartbeat_s,
+                ready_s=START_S,
+                **options,
+            )
+        )
+        try:
+            return (await asyncio.shield(spawning)).flatten("procs")
+        except asyncio.CancelledError:
+            # The thread cannot be cancelled; what it started must not outlive the run.
+            await (await spawning).stop()
+            raise
 
     def _failed(self, failure: MeshFailure) -> None:
         """A restarted verifier process costs the groups it held nothing: generators have them scored again."""

@@ -4,7 +4,8 @@
       ▲                                                          │
       └───────────────── process ended, or a call broke ─────────┘
 
-Only a HEALTHY engine is leased to, so nothing is ever sampled from a version older than the last publish.
+Only a HEALTHY engine is leased to, so nothing is ever sampled from a version older than the last publish. Engines are
+spawned beside the run, which goes on with the others meanwhile; on a cluster a spawn first waits for room, perhaps for ever.
 """
 
 import asyncio
@@ -78,6 +79,8 @@ class Fleet:
         """Called whenever a group is scored and delivered, or trained on: the progress that the watchdog waits for."""
         self._spawn = spawn
         self._on_change = on_change
+        self._spawning: dict[int, asyncio.Task[None]] = {}
+        self._last_error: Exception | None = None
 
     @property
     def healthy(self) -> list[Engine]:
@@ -89,9 +92,15 @@ class Fleet:
         """Engines that run and wait for a refit."""
         return [engine for engine in self.engines if engine.health is Health.STALE]
 
-    async def start(self) -> None:
-        """Spawn every engine; all are STALE afterwards."""
-        await asyncio.gather(*(self._start(engine) for engine in self.engines))
+    async def start(self, num_awaited: int | None = None) -> None:
+        """Spawn every engine. The first `num_awaited` (default: all) are STALE afterwards; the others join when they are up.
+
+        Raises what the spawn of an awaited one raises.
+        """
+        num_awaited = len(self.engines) if num_awaited is None else num_awaited
+        for engine in self.engines[num_awaited:]:
+            self._begin(engine)
+        await asyncio.gather(*(self._start(engine) for engine in self.engines[:num_awaited]))
 
     def pick(self, num_completions: int) -> Engine | None:
         """The healthy engine with the most room, or None when none has room for `num_completions`."""
@@ -150,21 +159,42 @@ class Fleet:
         self._on_change()
 
     async def revive(self) -> None:
-        """Respawn dead engines while the budget lasts. Raises FleetExhausted when none is left alive."""
+        """Begin to respawn dead engines while the budget lasts; each is STALE when it is up. Does not wait for that.
+
+        Raises FleetExhausted when none is left alive and none is on its way.
+        """
         for engine in self.engines:
-            if engine.health is Health.DEAD and self.num_restarts_left > 0:
+            if engine.health is Health.DEAD and engine.rank not in self._spawning and self.num_restarts_left > 0:
                 self.num_restarts_left -= 1
-                await self._stop(engine)
-                await self._start(engine)
-        if all(engine.health is Health.DEAD for engine in self.engines):
+                self._begin(engine)
+        if not self._spawning and all(engine.health is Health.DEAD for engine in self.engines):
             raise FleetExhausted(
                 f"all {len(self.engines)} generators are dead and cluster.generators.restarts is used up; "
                 "the last lines of logs/generator-*.log say why"
-            )
+            ) from self._last_error
 
     async def stop(self) -> None:
-        """End every engine's process."""
+        """End every engine's process, and spawns under way."""
+        spawning = list(self._spawning.values())
+        for task in spawning:
+            task.cancel()
+        await asyncio.gather(*spawning, return_exceptions=True)
         await asyncio.gather(*(self._stop(engine) for engine in self.engines))
+
+    def _begin(self, engine: Engine) -> None:
+        self._spawning[engine.rank] = asyncio.create_task(self._respawn(engine))
+
+    async def _respawn(self, engine: Engine) -> None:
+        try:
+            await self._stop(engine)
+            await self._start(engine)
+        except Exception as error:
+            # Whatever it was, the run goes on with the others; the budget says whether it is tried again.
+            log.warning("generator %d did not start: %s", engine.rank, error)
+            self._last_error = error
+        finally:
+            del self._spawning[engine.rank]
+            self._on_change()
 
     async def _start(self, engine: Engine) -> None:
         start = time.monotonic()

@@ -66,6 +66,8 @@ class VllmCore:
         self._bias = {token: float("-inf") for token in pad_token_ids} or None
         self._ends = list(end_token_ids)
         self._salt = "v0"
+        self._scoring: set[str] = set()
+        """Requests that ask for the log-prob of a token of their own."""
         self.max_model_len: int = self._llm.vllm_config.model_config.max_model_len
         # Its image processing calls torch.set_num_threads once per prompt, which vLLM answers by a warning.
         logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
@@ -136,24 +138,30 @@ class VllmCore:
             request.sampling_params = parameters.clone() if not parameters.skip_clone else copy.copy(parameters)
             assert request.sampling_params is not None
             request.sampling_params.seed = parameters.seed + index
+        if parameters.logprob_token_ids is not None:
+            self._scoring.add(request_id)
         self._client.add_request(request)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forget requests, running or waiting."""
         self._client.abort_requests(list(request_ids))
+        self._scoring.difference_update(request_ids)
 
     def step(self) -> list[Sampled]:
         """Sample one token of each running request."""
-        return [
-            Sampled(
-                output.request_id,
-                output.new_token_ids,
-                # Columns: the sampled token, then the one asked for, if any.
-                [] if output.new_logprobs is None else output.new_logprobs.logprobs[:, -1].tolist(),
-                None if output.finish_reason is None else str(output.finish_reason),
-            )
-            for output in self._client.get_output().outputs
-        ]
+        return [self._sampled(output) for output in self._client.get_output().outputs]
+
+    def _sampled(self, output: Any) -> Sampled:
+        # Columns: the sampled token, then the one asked for. A step that scores for one request pads the others' rows with -inf.
+        column = int(output.request_id in self._scoring)
+        if output.finish_reason is not None:
+            self._scoring.discard(output.request_id)
+        return Sampled(
+            output.request_id,
+            output.new_token_ids,
+            [] if output.new_logprobs is None else output.new_logprobs.logprobs[:, column].tolist(),
+            None if output.finish_reason is None else str(output.finish_reason),
+        )
 
     def load(self, meeting: Meeting, group: str, manifest: WeightManifest) -> tuple[Receipt, int]:
         """Receive a publish and load it; (receipt, number of bytes). Nothing may be stepped meanwhile."""

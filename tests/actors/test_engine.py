@@ -205,6 +205,16 @@ async def test_the_canary_is_scored_as_it_would_have_been_sampled(site: Site) ->
     assert np.abs(np.asarray(scores) - group.trajectories[0].logprobs).max() < AGREES
 
 
+async def test_a_canary_scored_beside_running_completions_leaves_their_logprobs_alone(site: Site) -> None:
+    response = (await site.sample(5, IMAGE_ROW, 1)).trajectories[0].token_ids
+    running = asyncio.ensure_future(site.sample(6, IMAGE_ROW, 8, max_tokens=120))
+    await _until_running(site, 8)
+    scores = await site.generator.canary.call_one(Canary(SampleRef("rows", IMAGE_ROW), response))
+    assert not running.done(), "nothing ran beside the canary"
+    assert max(site.errors(await running)) < AGREES
+    assert np.abs(np.asarray(scores) - oracle(site.model, site.preprocessor, IMAGE_ROW, response)).max() < AGREES
+
+
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 async def test_after_every_publish_an_image_prompt_has_the_new_models_logprobs(
     sites: dict[str, Site], kind: str

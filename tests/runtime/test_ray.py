@@ -1,7 +1,8 @@
-"""Meshes on a real local Ray cluster of two nodes: placement, calls, node loss."""
+"""Meshes on a real local Ray cluster of two nodes: placement, calls, node loss, room."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import time
@@ -12,10 +13,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.runtime.actors import Echo
+from tests.runtime.actors import Echo, Relay
 from vtriune import runtime
 from vtriune.runtime import MeshFailure, RestartPolicy
-from vtriune.runtime.ray_launcher import ray_hosts
+from vtriune.runtime.ray_launcher import NoRoom, RayPlaces, join
 
 WAIT_S = 60.0
 
@@ -25,10 +26,9 @@ def cluster() -> Iterator[Cluster]:
     runtime.shutdown()
     # Ray gives its own agents 15 s to start, too little on a loaded machine.
     os.environ["RAY_agent_register_timeout_ms"] = "120000"
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    ray.init(address=made.address, log_to_driver=False)
-    address = ray.util.get_node_ip_address()
-    runtime.configure(bind=address)
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    runtime.configure(bind=join(made.address))
     yield made
     runtime.shutdown()
     runtime.configure()
@@ -36,13 +36,19 @@ def cluster() -> Iterator[Cluster]:
     made.shutdown()
 
 
-def test_a_mesh_spreads_over_two_nodes_and_survives_the_loss_of_one(cluster: Cluster) -> None:
-    second: Any = cluster.add_node(num_cpus=1)
+def add_node(cluster: Cluster) -> Any:
+    node: Any = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
     cluster.wait_for_nodes()
+    return node
+
+
+def test_a_mesh_spreads_over_two_nodes_and_survives_the_loss_of_one(cluster: Cluster) -> None:
+    second = add_node(cluster)
     failures: queue.Queue[MeshFailure] = queue.Queue()
-    hosts, places = ray_hosts(2, strategy="STRICT_SPREAD")
+    places = RayPlaces("spread", 2, strategy="STRICT_SPREAD", cpus=1)
+    assert asyncio.run(places.reserve(WAIT_S)) == 2
     policy = RestartPolicy(num_restarts=3, backoff_s=0.1)
-    procs = hosts.spawn_procs(name="spread", restart=policy, on_failure=failures.put)
+    procs = places.hosts().spawn_procs(name="spread", restart=policy, on_failure=failures.put)
     assert procs.sizes == {"hosts": 2, "procs": 1}
     echo = procs.spawn("echo", Echo, "from ray")
     assert echo.greet.call("x").get(timeout=WAIT_S).to_list() == [["from ray x"], ["from ray x"]]
@@ -57,10 +63,42 @@ def test_a_mesh_spreads_over_two_nodes_and_survives_the_loss_of_one(cluster: Clu
     with pytest.raises(MeshFailure, match=f"spread rank {lost}"):
         echo.slice(hosts=lost, procs=0).greet.call_one("y").get(timeout=WAIT_S)
 
-    cluster.add_node(num_cpus=1)
+    third = add_node(cluster)
     end = time.monotonic() + WAIT_S
     while echo.greet.call("z").exception(timeout=WAIT_S) is not None:
         assert time.monotonic() < end, "the lost rank did not come back with the cluster's new node"
         time.sleep(0.5)
+    # A process that never knew the lost rank is told where it is now.
+    relay = runtime.this_host().spawn_procs(name="relay", on_failure=failures.put).spawn(
+        "relay", Relay, echo.slice(hosts=lost, procs=0)
+    )  # fmt: skip
+    assert relay.ask.call_one("w").get(timeout=WAIT_S) == "from ray w"
     procs.stop().get(timeout=WAIT_S)
     places.release()
+    cluster.remove_node(third)
+
+
+def test_an_elastic_role_takes_the_room_there_is_and_the_rest_when_a_node_joins(cluster: Cluster) -> None:
+    async def grow() -> None:
+        places = RayPlaces("elastic", 2, strategy="SPREAD", cpus=1)
+        assert await places.reserve(1.0, is_elastic=True) == 1
+        assert "Ray node" in await asyncio.wait_for(places.room(0), WAIT_S)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(places.room(1), 2.0)
+        node = add_node(cluster)
+        assert node.node_id in await asyncio.wait_for(places.room(1), WAIT_S)
+        procs = await asyncio.to_thread(places.hosts().slice(hosts=1).spawn_procs, name="late", on_failure=print)
+        assert await procs.spawn("echo", Echo, "late").greet.call_one("x") == "late x"
+        await procs.stop()
+        places.release()
+        cluster.remove_node(node)
+
+    asyncio.run(grow())
+
+
+def test_a_role_that_must_be_whole_says_what_the_cluster_lacks(cluster: Cluster) -> None:
+    places = RayPlaces("learner", 2, strategy="STRICT_PACK", cpus=3, gpus=1)
+    with pytest.raises(
+        NoRoom, match=r"no room for learner: 2 places of CPU 3, GPU 1 each, STRICT_PACK.*CPU 1 .*GPU 0 "
+    ):
+        asyncio.run(places.reserve(1.0))

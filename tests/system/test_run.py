@@ -3,124 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from tests.system.jobs import Job, control
 from vtriune.data import archive
 from vtriune.torchvision_schemas import define_missing_schemas
-
-ROOT = Path(__file__).parents[2]
-SMALL = [
-    "policy.rollout_batch=8",
-    "policy.group_size=4",
-    "cluster.generators.max_sequences=32",
-    "evaluation.rows=16",
-    "evaluation.every=0",
-    "checkpoint.every=0",
-    "sampling.max_tokens=32",
-]
-
-
-class Job:
-    """One `python -m vtriune.launch` over the digits file, with its output in a file."""
-
-    def __init__(self, folder: Path, *overrides: str) -> None:
-        self.run_folder = folder / "job"
-        self.output = folder / "output.txt"
-        command = [
-            sys.executable,
-            "-m",
-            "vtriune.launch",
-            "examples/digits.yaml",
-            f"run.folder={folder}",
-            "run.name=job",
-        ]
-        # The stores are shared by all tests of a session: they are keyed by content.
-        command += [f"data.store={folder.parent / 'stores'}", *SMALL, *overrides]
-        with self.output.open("ab") as output:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        self.family: dict[int, str] = {}
-
-    def lines(self) -> list[dict[str, float]]:
-        path = self.run_folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-    def wait_for(self, is_so: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
-        end = time.monotonic() + timeout_s
-        while not is_so():
-            assert self.process.poll() is None, f"ended while waiting for {what}:\n{self.text()}"
-            assert time.monotonic() < end, f"no {what} within {timeout_s} s:\n{self.text()}"
-            self.family |= {
-                child.pid: role_of(child) for child in psutil.Process(self.process.pid).children(recursive=True)
-            }
-            time.sleep(0.1)
-
-    def wait_for_version(self, version: int) -> None:
-        self.wait_for(lambda: any(line["version"] >= version for line in self.lines()), f"version {version}")
-
-    def pid_of(self, role: str) -> int:
-        return next(pid for pid, name in self.family.items() if role in name and psutil.pid_exists(pid))
-
-    def finish(self, timeout_s: float = 240) -> int:
-        try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise AssertionError(f"still running after {timeout_s} s:\n{self.text()}") from None
-
-    def text(self) -> str:
-        return self.output.read_text()[-6000:]
-
-    def end(self) -> None:
-        """Whatever a failed test leaves running."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def left_behind(self) -> list[int]:
-        return [
-            pid
-            for pid in self.family
-            if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        ]
-
-
-def role_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()) or process.name()
-    except psutil.Error:
-        return ""
-
-
-def control(run_folder: Path, *words: str) -> dict[str, Any]:
-    """`python -m vtriune.control`, as a user calls it; the status it prints."""
-    command = [sys.executable, "-m", "vtriune.control", str(run_folder), *words]
-    status: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout)
-    return status
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Starts jobs over one run folder; none outlives the test."""
-    jobs: list[Job] = []
-
-    def start_one(*overrides: str) -> Job:
-        jobs.append(Job(tmp_path, *overrides))
-        return jobs[-1]
-
-    yield start_one
-    for job in jobs:
-        job.end()
 
 
 @pytest.mark.timeout(420)
@@ -166,7 +57,9 @@ def test_a_run_stopped_by_ctrl_c_resumes_and_ends_with_everything_it_promises(st
 def test_off_policy_stays_within_its_bound_survives_kills_and_is_switched_while_it_runs(
     start: Callable[..., Job],
 ) -> None:
-    job = start("run.steps=24", "policy.mode=off_policy", "policy.max_staleness=2", "evaluation.before=false")
+    overrides = ["policy.mode=off_policy", "policy.max_staleness=2", "evaluation.before=false"]
+    # Over TCP, where a restarted process has another address than the one it replaces.
+    job = start("run.steps=24", "cluster.bind=127.0.0.1", *overrides)
     job.wait_for_version(2)
     os.kill(job.pid_of("generator"), signal.SIGKILL)
     job.wait_for_version(6)

@@ -32,6 +32,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path) ->
         load(written(tmp_path, "policy: {rolout_batch: 3}"))
     with pytest.raises(ConfigError, match="unknown key polcy; did you mean policy"):
         load(written(tmp_path, "polcy: {}"))
+    with pytest.raises(ConfigError, match=r"cluster\.placement\.learners; did you mean cluster\.placement\.learner\?"):
+        load(written(tmp_path, "cluster: {placement: {learners: SPREAD}}"))
     with pytest.raises(ConfigError, match=r"cluster\.generators\.prox"):
         load(written(tmp_path, ""), ["cluster.generators.prox=2"])
 
@@ -77,6 +79,7 @@ def test_overrides_survive_the_round_trip(seed: int, rate: float, mode: str) -> 
     assert (config.run.seed, config.optimizer.lr, config.policy.mode) == (seed, rate, mode)
 
 
+RAY = ["cluster.launcher=ray", "cluster.generators.threads=1", "cluster.learner.threads=1"]
 REFUSED = [
     (["policy.max_staleness=2"], "on-policy data is never stale"),
     (["policy.mode=off_policy", "policy.update_batch=5"], "not a multiple of update_batch"),
@@ -99,7 +102,13 @@ REFUSED = [
     (["policy.schedule=[{until: 0.9}, {until: 0.5}]"], "must rise"),
     (["policy.schedule=[{mode: on_policy, max_staleness: 1}]"], "on_policy with max_staleness 1"),
     (["data.min_pixels=99999"], "must lie in"),
-    (["cluster.launcher=ray"], "runs on one host"),
+    (["cluster.launcher=ray"], "write how many CPUs each process takes"),
+    ([*RAY, "cluster.bind=127.0.0.1"], "other nodes cannot reach it"),
+    (["cluster.bind=eth0"], "'eth0' is no address"),
+    (["cluster.bind=0.0.0.0"], "IPv4 address of one interface"),
+    (["cluster.bind=192.0.2.77"], "no interface of this machine has the address"),
+    (["cluster.address=head:6379"], "with launcher local"),
+    (["cluster.placement.learner=SPREAD"], "with launcher local"),
 ]
 
 
@@ -137,3 +146,17 @@ def test_threads_left_to_the_machine_are_all_cores_in_turns_and_shared_when_role
     assert threads(override(digits, ["policy.schedule=[{mode: off_policy, max_staleness: 1}]"])) == (4, 4)
     assert threads(override(digits, ["cluster.learner.threads=3"])) == (8, 3)
     assert threads(override(digits, ["cluster.generators.procs=20"])) == (1, 8)
+
+
+def test_networks_that_can_be_used_pass(digits: Config) -> None:
+    check(override(digits, ["cluster.bind=127.0.0.1"]))
+    check(override(digits, [*RAY, "cluster.placement={generators: STRICT_PACK}", "cluster.address=head:6379"]))
+
+
+def test_on_a_cluster_folders_have_one_path_everywhere_and_threads_stay_as_written(digits: Config) -> None:
+    resolved = resolve(override(digits, [*RAY, "data.store=stores"]), num_cores=8)
+    assert resolved.run.folder == str(ROOT / "runs")
+    assert resolved.model.path == str(ROOT / "examples/digits/model")
+    assert resolved.data.store == str(ROOT / "stores")
+    assert (resolved.cluster.generators.threads, resolved.cluster.learner.threads) == (1, 1)
+    assert resolve(override(digits, RAY)).data.store == ""

@@ -1,10 +1,13 @@
 """Refuses values and pairs of values that cannot be run, before anything starts. Called once by each command line."""
 
+import importlib.util
+import ipaddress
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 
 from vtriune.config.load import ConfigError
-from vtriune.config.tree import Config
+from vtriune.config.tree import Cluster, Config, Placement
 
 
 def check(config: Config) -> None:
@@ -146,11 +149,8 @@ def _number_problems(config: Config) -> Iterable[str]:
 
 
 def _cluster_problems(config: Config) -> Iterable[str]:
-    if config.cluster.launcher != "local" or config.cluster.bind != "ipc":
-        yield (
-            f"cluster.launcher {config.cluster.launcher}, bind {config.cluster.bind}: this version runs on one host; "
-            "write launcher: local and bind: ipc"
-        )
+    yield from _bind_problems(config.cluster)
+    yield from _ray_problems(config.cluster)
     generators, longest = config.cluster.generators, config.data.max_prompt_tokens + config.sampling.max_tokens
     if longest > generators.max_model_len:
         yield (
@@ -159,3 +159,45 @@ def _cluster_problems(config: Config) -> Iterable[str]:
         )
     if generators.max_sequences < config.policy.group_size:
         yield f"cluster.generators.max_sequences: {generators.max_sequences} is below policy.group_size ({config.policy.group_size})"
+
+
+def _bind_problems(cluster: Cluster) -> Iterable[str]:
+    if cluster.bind == "ipc":
+        return
+    try:
+        address = ipaddress.ip_address(cluster.bind)
+    except ValueError:
+        yield f"cluster.bind: {cluster.bind!r} is no address; write ipc, 127.0.0.1 or the address of an interface of this machine"
+        return
+    if address.version != 4 or address.is_unspecified:
+        yield f"cluster.bind: {cluster.bind}; name the IPv4 address of one interface, which the other processes can connect to"
+    elif not _is_of_this_machine(cluster.bind):
+        yield f"cluster.bind: no interface of this machine has the address {cluster.bind}; `ip address` lists those there are"
+    elif cluster.launcher == "ray" and address.is_loopback:
+        yield (
+            f"cluster.bind: {cluster.bind} with launcher ray; other nodes cannot reach it: leave bind out, which takes the "
+            "address under which Ray knows this machine, or name an interface"
+        )
+
+
+def _is_of_this_machine(address: str) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def _ray_problems(cluster: Cluster) -> Iterable[str]:
+    if cluster.launcher == "local":
+        if cluster.address is not None:
+            yield f"cluster.address: {cluster.address} with launcher local; write launcher: ray, or leave it out"
+        if cluster.placement != Placement():
+            yield "cluster.placement: with launcher local all processes run on this machine; write launcher: ray, or leave it out"
+        return
+    if importlib.util.find_spec("ray") is None:
+        yield "cluster.launcher: ray is not installed; pip install 'vtriune[ray]', on every node"
+    for role, threads in (("generators", cluster.generators.threads), ("learner", cluster.learner.threads)):
+        if threads <= 0:
+            yield f"cluster.{role}.threads: {threads} with launcher ray; write how many CPUs each process takes of its node"

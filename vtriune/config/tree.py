@@ -27,7 +27,8 @@ class Run(_Section, frozen=True):
 class Generators(_Section, frozen=True):
     procs: int = 1
     threads: int = 2
-    """OMP threads of each engine (CPU). 0: a fair share of the cores, see `vtriune.config.resolve`."""
+    """OMP threads of each engine (CPU), and the CPUs it takes of Ray. 0: a fair share of this machine's cores, see
+    `vtriune.config.resolve`."""
     gpus: int = 0
     """Accelerators of each engine; tensor-parallel size when above 1."""
     max_sequences: int = 64
@@ -38,13 +39,13 @@ class Generators(_Section, frozen=True):
     max_model_len: int = 10240
     enforce_eager: bool = True
     restarts: int = 2
-    """Restart budget of the whole role."""
+    """Restart budget of the whole role. With Ray, a restart counts once, however long it waits for room."""
 
 
 class Verifiers(_Section, frozen=True):
     procs: int = 1
     workers: int = 1
-    """Worker processes for everything that is not perception."""
+    """Worker processes for everything that is not perception. Of Ray, each process takes a CPU and one per worker."""
     restarts: int = 2
 
 
@@ -55,13 +56,25 @@ class Learner(_Section, frozen=True):
     gpus: int = 0
 
 
+class Placement(_Section, frozen=True):
+    """Ray: how each role's processes are laid over the nodes. STRICT_PACK: all on one; SPREAD: on as many as there are."""
+
+    generators: Literal["STRICT_PACK", "SPREAD"] = "SPREAD"
+    """SPREAD is elastic: the run starts with the generators that have room, loses those of a lost node, and takes the
+    missing ones in when the cluster has room for them."""
+    verifiers: Literal["STRICT_PACK", "SPREAD"] = "SPREAD"
+    learner: Literal["STRICT_PACK", "SPREAD"] = "STRICT_PACK"
+
+
 class Cluster(_Section, frozen=True):
     launcher: Literal["local", "ray"] = "local"
     bind: str = "ipc"
-    """`ipc`, `127.0.0.1`, or an interface's address; anything but the first two turns CURVE on."""
+    """`ipc`: Unix sockets in a private folder; with Ray, the address under which Ray knows this machine. Or the address of
+    an interface of this machine, such as 127.0.0.1: every socket then is TCP and speaks CURVE with keys of this run."""
     address: str | None = None
-    """Ray: the cluster to join; None starts a local one."""
-    placement: dict[str, Literal["STRICT_PACK", "SPREAD"]] = msgspec.field(default_factory=dict)
+    """Ray: head of the cluster to join, `host:port`. None: RAY_ADDRESS, or a cluster that runs on this machine, or else a
+    new one, which ends with the run."""
+    placement: Placement = Placement()
     generators: Generators = Generators()
     verifiers: Verifiers = Verifiers()
     learner: Learner = Learner()

@@ -33,7 +33,7 @@ from vtriune.runtime.failure import (
 )
 from vtriune.runtime.future import Future, Stream
 from vtriune.runtime.mesh import ActorMesh
-from vtriune.runtime.node import configure, shutdown
+from vtriune.runtime.node import configure, interface_of, shutdown
 from vtriune.runtime.proc_group import RestartPolicy
 from vtriune.runtime.proc_mesh import HostMesh, ProcMesh, this_host
 from vtriune.runtime.shape import Extent, Point, ValueMesh
@@ -66,6 +66,7 @@ __all__ = [
     "current_rank",
     "current_size",
     "endpoint",
+    "interface_of",
     "set_unhandled_fault_hook",
     "shutdown",
     "this_host",

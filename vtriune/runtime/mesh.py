@@ -105,8 +105,8 @@ class ActorMesh(Shaped[PeerRef], Generic[A]):
 
     def to_ref(self) -> MeshRef:
         """The reference that travels in messages."""
-        extent = self._extent
-        return MeshRef(self.name, self._actor_id, self._class_path, extent.labels, extent.sizes, self._elements)
+        extent, peers = self._extent, tuple(map(self._node.whereabouts, self._elements))
+        return MeshRef(self.name, self._actor_id, self._class_path, extent.labels, extent.sizes, peers)
 
     def __repr__(self) -> str:
         return f"ActorMesh({self.name}: {self._class_path}, {self._extent})"

@@ -105,11 +105,15 @@ class Node:
             with self.reactor.lock:
                 link = self._links.get(peer.node)
                 if link is None:
-                    peer = self._moved.get(peer.node, peer)
+                    peer = self.whereabouts(peer)
                     link_id = next(self._link_ids)
                     link = Link(self.reactor, self.limits, self.me, peer, link_id, self.security, self._on_lost_peer)
                     self._links[peer.node] = link
         return link
+
+    def whereabouts(self, peer: PeerRef) -> PeerRef:
+        """Where a process is now: a restarted one listens elsewhere than the one it replaces."""
+        return self._moved.get(peer.node, peer)
 
     def peer_gone(self, node: str, failure: MeshFailure, *, tell: bool, is_restarting: bool = False) -> int:
         """Fail everything that waits for a process; `tell` the other processes this one has links to.
@@ -232,6 +236,13 @@ def this_node() -> Node:
                 atexit.register(shutdown)
             node = _node
     return node
+
+
+def interface_of(peer: PeerRef | None = None) -> str:
+    """Address of the interface that a process (this one by default) listens on: where sockets it opens beside ours can be
+    reached by the run's other processes. Loopback for `ipc://`, whose run is on one machine."""
+    address = (peer or this_node().me).address
+    return address.removeprefix("tcp://").rpartition(":")[0] if address.startswith("tcp://") else "127.0.0.1"
 
 
 def set_node(node: Node) -> None:

@@ -1,20 +1,23 @@
 """Starts worker processes on a Ray cluster (extra `ray`): Ray places and watches them, messages stay on our sockets.
 
-    hosts = ray_hosts(num_hosts=2, strategy="SPREAD", gpus_per_proc=1.0)
-    procs = hosts.spawn_procs(per_host={"procs": 4}, name="generators", restart=RestartPolicy())
+    configure(bind=join("10.0.0.1:6379"))
+    places = RayPlaces("generators", 4, strategy="SPREAD", cpus=2, gpus=1)
+    await places.reserve(60.0)
+    procs = places.hosts().spawn_procs(name="generators", restart=RestartPolicy())
 
-One placement group per mesh: a bundle per host, as many CPUs and GPUs in it as its processes ask for. In each bundle a
-Ray actor, the seat, starts our worker as its child on that node and reports its end. Ray accounts for the GPUs and
-sets their visibility for the seat, which the worker inherits. Workers listen on their node's address with the run's
-CURVE keys: call `configure(bind=...)` before the first spawn. A lost node is a `MeshFailure`; a mesh with a restart
-policy shrinks by that rank, and the rank is back once Ray has found its bundle another place.
+A role has one placement group, a bundle for each of its processes with the CPUs and GPUs it asks for. In a bundle a Ray
+actor, the seat, starts our worker as its child on that node and reports its end. Ray accounts for the GPUs and sets their
+visibility for the seat, which the worker inherits. Workers listen on their node's address with the run's CURVE keys. A lost
+node is a `MeshFailure`; what ran there can start again once Ray has found its bundle another place, for which `room` waits.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +33,16 @@ from vtriune.transport.wire import FailureNote, PeerRef
 
 Strategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
 
-_START_S = 300.0
+log = logging.getLogger("vtriune.runtime")
+
+_FEWER_S = 5.0
+"""How long Ray may take over a smaller group when the whole one had no room: nothing is waited for, only placed."""
+_CONCURRENCY = 4
+"""A seat's `next` blocks; `stop` and `kill` must get through beside it."""
+
+
+class NoRoom(RuntimeError):
+    """The cluster cannot hold a role."""
 
 
 class _SeatReply(msgspec.Struct, frozen=True):
@@ -50,16 +62,17 @@ class Seat:
         self._news: list[_SeatReply] = []
         self._process: LocalProcess | None = None
 
+    def node(self) -> str:
+        """Where this is; answered once the seat is taken."""
+        return f"{_node_address()} (Ray node {_ray().get_runtime_context().get_node_id()})"
+
     def start(self, bootstrap: bytes, env: dict[str, str], log_path: str) -> None:
         """Start the worker, listening on this node's address."""
-        import ray
-
         boot = msgspec.msgpack.decode(bootstrap, type=Bootstrap)
-        node_ip: Any = ray.util.get_node_ip_address
-        address = f"tcp://{node_ip()}:0"
-        boot = msgspec.structs.replace(boot, address=address, folder="")
+        address = _node_address()
+        boot = msgspec.structs.replace(boot, address=f"tcp://{address}:0", folder="")
         path = Path(log_path) if log_path else None
-        self._process = LocalProcess(self._watcher, boot, env, path, self)
+        self._process = LocalProcess(self._watcher, boot, {**_interface(address), **env}, path, self)
 
     def next(self) -> bytes:
         """Block until there is news of the worker."""
@@ -76,10 +89,6 @@ class Seat:
         """SIGKILL."""
         if self._process is not None:
             self._process.kill(cause)
-
-    def stopped_for_s(self) -> float:
-        """How long the worker has been in the stopped state."""
-        return 0.0 if self._process is None else self._process.stopped_for_s()
 
     def _tell(self, reply: _SeatReply) -> None:
         with self._changed:
@@ -99,6 +108,29 @@ class Seat:
         self._tell(_SeatReply(report=note))
 
 
+def _ray() -> Any:
+    """Loaded when first used: the extra may not be installed. Untyped, as Ray is in places."""
+    import ray
+
+    return ray
+
+
+def _node_address() -> str:
+    return str(_ray().util.get_node_ip_address())
+
+
+def _interface(address: str) -> dict[str, str]:
+    """Tells gloo and NCCL to meet where the other nodes reach this one; both would ask the host's name. A node's own
+    settings come first."""
+    import psutil
+
+    names = [
+        name for name, addresses in psutil.net_if_addrs().items() if address in {each.address for each in addresses}
+    ]
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {variable: names[0] for variable in variables if names and variable not in os.environ}
+
+
 class RayProcess:
     """One worker process in a seat; a `WorkerProcess` like a local one."""
 
@@ -112,7 +144,6 @@ class RayProcess:
         self._seat = seat
         self._events = events
         self._watcher = this_node().watcher
-        self._stopped_s = 0.0
         self._thread = threading.Thread(
             target=self._follow,
             args=(msgspec.msgpack.encode(boot), dict(env), "" if log_path is None else str(log_path.absolute())),
@@ -123,17 +154,15 @@ class RayProcess:
 
     def _follow(self, boot: bytes, env: dict[str, str], log_path: str) -> None:
         """Pass on the seat's news until the worker or its node has ended."""
-        import ray
-
         try:
-            ray.get(self._seat.start.remote(boot, env, log_path))
+            _ray().get(self._seat.start.remote(boot, env, log_path))
             while not self.has_ended:
-                self._handle(msgspec.msgpack.decode(ray.get(self._seat.next.remote()), type=_SeatReply))
-        except ray.exceptions.RayError as error:
+                self._handle(msgspec.msgpack.decode(_ray().get(self._seat.next.remote()), type=_SeatReply))
+        except _ray().exceptions.RayError as error:
             if not self.has_ended:
                 self._end(self._lost_note(error))
         finally:
-            ray.kill(self._seat)
+            _kill(self._seat)
 
     def _handle(self, news: _SeatReply) -> None:
         if news.peer is not None:
@@ -167,94 +196,177 @@ class RayProcess:
 
     def stopped_for_s(self) -> float:
         """0: libzmq's heartbeats tell a frozen worker on another host."""
-        return self._stopped_s
+        return 0.0
 
 
-class RayHosts:
-    """Bundles of one placement group, and the launcher that seats processes in them."""
+class RayHosts(HostMesh):
+    """Places as hosts: sliced like any others; each holds one process. An element is the number of its place."""
 
-    def __init__(self, num_hosts: int, strategy: Strategy, cpus_per_proc: float, gpus_per_proc: float) -> None:
-        self.num_hosts = num_hosts
-        self._strategy = strategy
-        self._cpus_per_proc = cpus_per_proc
-        self._gpus_per_proc = gpus_per_proc
-        self._groups: dict[str, Any] = {}
-        self._lock = threading.Lock()
+    def __init__(self, places: RayPlaces, extent: Extent, elements: Sequence[str]) -> None:
+        super().__init__(extent, elements, self._start)
+        self._places = places
 
-    def launch(self, boot: Bootstrap, env: Mapping[str, str], log_path: Path | None, events: Events) -> RayProcess:
-        """Seat one process: rank r of n goes to bundle r·num_hosts//n."""
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    def _with_shape(self, extent: Extent, elements: Sequence[str]) -> RayHosts:
+        return RayHosts(self._places, extent, elements)
 
-        num_procs = events.extent.nelements  # type: ignore[attr-defined]
-        group = self._group(boot.mesh + boot.node.rpartition("-")[0], num_procs // self.num_hosts)
-        bundle = boot.rank * self.num_hosts // num_procs
-        seat = (
-            ray.remote(Seat)
-            .options(
-                num_cpus=self._cpus_per_proc,
-                num_gpus=self._gpus_per_proc,
-                # `next` blocks; `stop` and `kill` must get through beside it.
-                max_concurrency=4,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+    def _start(self, boot: Bootstrap, env: Mapping[str, str], log_path: Path | None, events: Events) -> RayProcess:
+        if boot.rank >= len(self._elements):
+            raise ValueError(
+                f"{boot.mesh}: a place holds one process; ask for a place per process and leave per_host 1"
             )
-            .remote()
-        )
-        return RayProcess(seat, boot, env, log_path, events)
-
-    def _group(self, key: str, procs_per_host: int) -> Any:
-        import ray
-
-        with self._lock:
-            if key not in self._groups:
-                bundle = {"CPU": self._cpus_per_proc * procs_per_host}
-                if self._gpus_per_proc:
-                    bundle["GPU"] = self._gpus_per_proc * procs_per_host
-                group = ray.util.placement_group([bundle] * self.num_hosts, strategy=self._strategy)
-                end = time.monotonic() + _START_S
-                if not group.wait(timeout_seconds=max(1.0, end - time.monotonic())):
-                    ray.util.remove_placement_group(group)
-                    raise RuntimeError(f"Ray has no room for {self.num_hosts} x {bundle} ({self._strategy})")
-                self._groups[key] = group
-            return self._groups[key]
-
-    def release(self) -> None:
-        """Give the placement groups back. Call after their meshes have stopped."""
-        import ray
-
-        with self._lock:
-            for group in self._groups.values():
-                ray.util.remove_placement_group(group)
-            self._groups.clear()
+        return self._places.launch(int(self._elements[boot.rank]), boot, env, log_path, events)
 
 
-def ray_hosts(
-    num_hosts: int = 1,
-    *,
-    strategy: Strategy = "SPREAD",
-    cpus_per_proc: float = 1.0,
-    gpus_per_proc: float = 0.0,
-    address: str | None = None,
-) -> tuple[HostMesh, RayHosts]:
-    """Hosts of a Ray cluster.
+class RayPlaces:
+    """The places of one role on the cluster.
 
     Args:
-        num_hosts: Bundles per mesh; with the strategy STRICT_SPREAD as many nodes.
-        strategy: Ray's placement strategy: STRICT_PACK keeps a mesh on one node, SPREAD distributes it.
-        address: Of a running cluster; by default the one this process is connected to, or else a local one.
+        role: Names it in logs and errors.
+        num_places: One per process.
+        strategy: Ray's: STRICT_PACK keeps all places on one node, SPREAD distributes them as far as it can.
+        cpus: Of each place.
+        gpus: Of each place.
+    """
+
+    def __init__(self, role: str, num_places: int, *, strategy: Strategy, cpus: float, gpus: float = 0.0) -> None:
+        self.role = role
+        self.num_places = num_places
+        self._strategy = strategy
+        self._bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        self._groups: list[Any] = []
+        self._where: list[tuple[Any, int]] = []
+        self._seats: dict[int, Any] = {}
+
+    async def reserve(self, patience_s: float, *, is_elastic: bool = False) -> int:
+        """Have Ray set every place aside, in one placement group.
+
+        Elastic: where not all have room, as many as have are taken, places 0, 1, …; each of the others gets a group of its
+        own, which Ray fills when the cluster grows, or never.
+
+        Args:
+            patience_s: How long the whole group may wait, for nodes that are just starting.
+
+        Returns:
+            How many places there are now.
+
+        Raises:
+            NoRoom: not even one, or not all where that is asked.
+        """
+        num_found = self.num_places
+        while num_found:
+            group = self._ask(num_found)
+            if await _is_ready(group, patience_s):
+                self._where = [(group, bundle) for bundle in range(num_found)]
+                break
+            num_fitting = self._num_fitting() if is_elastic else 0
+            self._drop(group)
+            num_found, patience_s = min(num_found - 1, num_fitting), min(patience_s, _FEWER_S)
+        if not num_found:
+            raise NoRoom(self._complaint())
+        self._where += [(self._ask(1), 0) for _ in range(num_found, self.num_places)]
+        return num_found
+
+    def _ask(self, num_bundles: int) -> Any:
+        group = _ray().util.placement_group([self._bundle] * num_bundles, strategy=self._strategy)
+        self._groups.append(group)
+        return group
+
+    def _drop(self, group: Any) -> None:
+        self._groups.remove(group)
+        _ray().util.remove_placement_group(group)
+
+    def _num_fitting(self) -> int:
+        """How many places the cluster has the resources for; fragments of several nodes count, so perhaps too many."""
+        free = _ray().available_resources()
+        return int(min(free.get(name, 0.0) // amount for name, amount in self._bundle.items()))
+
+    def _complaint(self) -> str:
+        total, free = _ray().cluster_resources(), _ray().available_resources()
+        has = ", ".join(f"{name} {total.get(name, 0.0):g} ({free.get(name, 0.0):g} free)" for name in self._bundle)
+        asked = ", ".join(f"{name} {amount:g}" for name, amount in self._bundle.items())
+        return (
+            f"Ray has no room for {self.role}: {self.num_places} places of {asked} each, {self._strategy}; the cluster's "
+            f"{len([node for node in _ray().nodes() if node['Alive']])} nodes have {has}: add nodes, or ask for less in "
+            f"cluster.{self.role}"
+        )
+
+    def hosts(self) -> RayHosts:
+        """Every place, along the dimension `hosts`."""
+        return RayHosts(self, Extent(["hosts"], [self.num_places]), [str(place) for place in range(self.num_places)])
+
+    async def room(self, place: int) -> str:
+        """Returns when Ray has room for a process at `place`, which the next launch there takes: at once, or when a node
+        joins the cluster. Waits as long as that takes.
+
+        Returns:
+            The node, in words.
+        """
+        seat = self._new_seat(place)
+        try:
+            node: str = await asyncio.wrap_future(seat.node.remote().future())
+        except BaseException:  # Also when nobody waits any longer: the seat would stay taken.
+            _kill(seat)
+            raise
+        self._seats[place] = seat
+        return node
+
+    def launch(
+        self, place: int, boot: Bootstrap, env: Mapping[str, str], log_path: Path | None, events: Events
+    ) -> RayProcess:
+        """Start one process at a place. Does not block: it may take until Ray has room there."""
+        seat = self._seats.pop(place, None) or self._new_seat(place)
+        return RayProcess(seat, boot, env, log_path, events)
+
+    def _new_seat(self, place: int) -> Any:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group, bundle = self._where[place]
+        where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        asked = {"num_cpus": self._bundle["CPU"], "num_gpus": self._bundle.get("GPU", 0.0)}
+        return _ray().remote(Seat).options(**asked, max_concurrency=_CONCURRENCY, scheduling_strategy=where).remote()
+
+    def release(self) -> None:
+        """Give the places back, whatever still runs there. Idempotent."""
+        for group in list(self._groups):
+            self._drop(group)
+        self._seats.clear()
+
+
+async def _is_ready(group: Any, patience_s: float) -> bool:
+    try:
+        async with asyncio.timeout(patience_s):
+            await asyncio.wrap_future(group.ready().future())
+    except TimeoutError:
+        return False
+    return True
+
+
+def _kill(seat: Any) -> None:
+    if _ray().is_initialized():
+        _ray().kill(seat)
+
+
+def join(address: str | None = None) -> str:
+    """Connect this process to a Ray cluster, unless it is connected already.
+
+    Args:
+        address: Of its head, `host:port`. None: what RAY_ADDRESS says, or a cluster that runs on this machine, or else one
+            that is started here and ends with this process or with `leave`.
 
     Returns:
-        The hosts, with the dimension `hosts` when there is more than one, and the handle that releases their places.
+        This machine's address as the cluster's other nodes know it, for `configure(bind=...)`.
 
     Raises:
-        RuntimeError: the runtime listens on `ipc://`, where no other host can reach it.
+        ConnectionError: no cluster answers there.
     """
-    import ray
+    if not _ray().is_initialized():
+        try:
+            _ray().init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from error
+    return _node_address()
 
-    if not this_node().me.address.startswith("tcp://"):
-        raise RuntimeError("call vtriune.runtime.configure(bind=<this host's address>) before using Ray")
-    if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False)
-    places = RayHosts(num_hosts, strategy, cpus_per_proc, gpus_per_proc)
-    extent = Extent([], []) if num_hosts == 1 else Extent(["hosts"], [num_hosts])
-    return HostMesh(extent, ["ray"] * num_hosts, places.launch), places
+
+def leave() -> None:
+    """Disconnect, and end the cluster if `join` started it. Idempotent."""
+    _ray().shutdown()
