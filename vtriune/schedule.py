@@ -47,7 +47,10 @@ def update_batches(group_ids: list[int], update_batch: int) -> list[list[int]]:
 
 
 def correction(config: Config, current: Stance) -> Correction:
-    """`loss.correction` with `auto` resolved: decoupled off-policy, none on-policy."""
+    """`loss.correction` with `auto` resolved: decoupled off-policy; none on-policy, which a bound of 0 with one update a batch is."""
     if config.loss.correction != "auto":
         return config.loss.correction
-    return "none" if current.mode == "on_policy" else "decoupled"
+    policy = config.policy
+    is_one_update = policy.update_batch in (None, policy.rollout_batch)
+    is_on_policy = current.mode == "on_policy" or (current.max_staleness == 0 and is_one_update)
+    return "none" if is_on_policy else "decoupled"

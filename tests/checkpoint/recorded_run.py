@@ -52,6 +52,8 @@ from vtriune.run_folder import claim
 from vtriune.run_state import Snapshots
 
 NUM_ROWS, NUM_EPOCHS, BATCH, SIZE = 144, 2, 4, 2
+STALENESS_0 = "off_policy-0"
+"""Name of the run that is off-policy with a bound of 0; all others are on-policy."""
 NUM_VERSIONS = NUM_ROWS * NUM_EPOCHS // BATCH
 CANARY = Canary(SampleRef("train", 0), np.arange(3, dtype=np.int32))
 
@@ -78,7 +80,11 @@ def config_of(folder: Path, name: str) -> Config:
         model={"path": str(folder / "model")},
         data={"prompt_pool": False},
         cluster={"learner": {"threads": 1}},
-        policy={"rollout_batch": BATCH, "group_size": SIZE},
+        policy={
+            "rollout_batch": BATCH,
+            "group_size": SIZE,
+            **({"mode": "off_policy", "max_staleness": 0} if name == STALENESS_0 else {}),
+        },
         optimizer={"lr": 1e-2, "token_budget": 120},
         evaluation={"before": False, "after": False},
         checkpoint={"every": 1, "keep": 2},
@@ -138,7 +144,7 @@ class Playback:
         self._recorded, self._learner, self._recording = recorded, learner, recording
         self._version = -1
 
-    async def generate(self, lease: Lease) -> GroupReport:
+    async def generate(self, lease: Lease, others: list[Any]) -> GroupReport:
         version = self._version
         await asyncio.sleep(random.random() * 0.004)
         scored = self._recorded[lease.sample.row]
@@ -319,9 +325,6 @@ def load_everything() -> None:
     from vtriune.torchvision_schemas import define_missing_schemas
 
     define_missing_schemas()
-    import pyarrow.pandas_compat
-    import torch.distributed.checkpoint._fsspec_filesystem
-    import torch.utils.serialization
     import torchdata.stateful_dataloader  # noqa: F401
     from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration  # noqa: F401
 

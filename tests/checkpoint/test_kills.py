@@ -116,6 +116,18 @@ def test_nothing_half_written_is_left_at_the_end(folder: Path, outcome: program.
     assert latest.name == f"step-{program.NUM_VERSIONS}"
 
 
+@pytest.mark.timeout(300)
+def test_off_policy_with_staleness_0_is_the_on_policy_run_group_by_group_and_bit_by_bit(
+    folder: Path, outcome: program.Outcome
+) -> None:
+    start(folder, "finish", program.STALENESS_0)
+    assert program.config_of(folder, program.STALENESS_0).policy.mode == "off_policy"
+    assert consumed(folder, program.STALENESS_0) == consumed(folder, "uninterrupted")
+    found = flat(whole_state(folder, program.STALENESS_0))
+    for name, value in flat(whole_state(folder, "uninterrupted")).items():
+        assert torch.equal(value, found[name]) if isinstance(value, torch.Tensor) else value == found[name], name
+
+
 DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "truncated": ("hf/model.safetensors", lambda path: os.truncate(path, path.stat().st_size // 2)),
     "tampered": ("hf/model.safetensors", lambda path: flip(path, -5)),

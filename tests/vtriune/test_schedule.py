@@ -45,4 +45,6 @@ def test_update_batches_hold_every_group_once_in_order(ids: list[int], size: int
 def test_the_correction_follows_the_mode_unless_named() -> None:
     assert correction(Config(), Stance("on_policy", 0)) == "none"
     assert correction(Config(), Stance("off_policy", 2)) == "decoupled"
+    assert correction(Config(), Stance("off_policy", 0)) == "none"
+    assert correction(Config(policy=Policy(rollout_batch=8, update_batch=4)), Stance("off_policy", 0)) == "decoupled"
     assert correction(Config(loss=Loss(correction="tis")), Stance("off_policy", 2)) == "tis"

@@ -153,7 +153,7 @@ class Loss(_Section, frozen=True):
     clip_high: float = 0.28
     dual_clip: float | None = None
     correction: Literal["auto", "none", "decoupled", "tis", "icepop"] = "auto"
-    """auto: `decoupled` off-policy, `none` on-policy."""
+    """auto: `decoupled` off-policy, `none` on-policy and at staleness 0 with one update a batch, which is the same."""
     correction_cap: float | None = None
     """C. None: 2 for decoupled, 5 for tis and icepop."""
     kl: Literal["none", "k1", "mse", "k3"] = "none"
