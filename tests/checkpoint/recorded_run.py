@@ -67,7 +67,8 @@ def make_world() -> tuple[World, list[ScoredGroup]]:
 
 def record(folder: Path) -> None:
     """The model and the recorded trajectories that all attempts share."""
-    write_model(folder / "model")
+    # Few tensors: what a checkpoint of a small model costs is their number.
+    write_model(folder / "model", num_layers=1)
     _, groups = make_world()
     archive.write(folder, "version", 1, (archive.Archived(0, group) for group in groups))
 
