@@ -87,10 +87,8 @@ class _Scores(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for index, start in enumerate(range(0, len(hidden), ctx.rows)):
             part = slice(start, start + ctx.rows)
-            if kept:
-                probabilities = kept[index]
-            else:
-                probabilities = torch.softmax(_logits(hidden[part], weight, ctx.temperature, blocked), -1)
+            again = None if kept else _logits(hidden[part], weight, ctx.temperature, blocked)
+            probabilities = kept[index] if again is None else torch.softmax(again, -1)
             delta = _logit_gradient(probabilities, targets[part], entropy[part], grad_logprobs, grad_entropy, part)
             if ctx.temperature != 1.0:
                 delta.div_(ctx.temperature)

@@ -8,6 +8,7 @@ Every attempt is a fork of one process that has imported everything and started 
 """
 
 import asyncio
+import importlib
 import json
 import logging
 import os
@@ -320,11 +321,12 @@ def load_everything() -> None:
     from vtriune.torchvision_schemas import define_missing_schemas
 
     define_missing_schemas()
-    import pyarrow.pandas_compat
-    import torch.distributed.checkpoint._fsspec_filesystem
-    import torch.utils.serialization
-    import torchdata.stateful_dataloader  # noqa: F401
-    from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration  # noqa: F401
+    for module in (
+        "pyarrow.pandas_compat", "torch.distributed.checkpoint._fsspec_filesystem", "torch.utils.serialization",
+        "torchdata.stateful_dataloader", "transformers.models.auto.modeling_auto",
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    ):  # fmt: skip
+        importlib.import_module(module)
 
 
 if __name__ == "__main__":
