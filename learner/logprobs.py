@@ -66,15 +66,14 @@ class _Scores(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], weight, temperature, blocked)
-            lse = torch.logsumexp(logits, -1, keepdim=True)
-            logits -= lse
-            chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
-            probabilities = torch.exp(logits)
-            entropy[part] = -torch.linalg.vecdot(probabilities, logits)
-            logprobs[part] = chosen
+            probabilities = torch.softmax(logits, -1)
+            # The likeliest token's p is at least 1/V, so its logarithm is safe; torch's own logsumexp takes twice as long on a CPU.
+            lse = logits.amax(-1) - probabilities.amax(-1).log_()
+            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1).sub_(lse)
+            entropy[part] = lse.sub_(torch.linalg.vecdot(probabilities, logits))
             if keeps:
                 # Together they are no more than one chunk may be, and save the recomputation.
-                kept.append(logits)
+                kept.append(probabilities)
         ctx.save_for_backward(hidden, weight, targets, blocked, entropy, *kept)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.set_materialize_grads(False)
@@ -89,8 +88,8 @@ class _Scores(torch.autograd.Function):
         for index, start in enumerate(range(0, len(hidden), ctx.rows)):
             part = slice(start, start + ctx.rows)
             again = None if kept else _logits(hidden[part], weight, ctx.temperature, blocked)
-            logs = kept[index].clone() if again is None else torch.log_softmax(again, -1)
-            delta = _logit_gradient(logs, targets[part], entropy[part], grad_logprobs, grad_entropy, part)
+            probabilities = kept[index] if again is None else torch.softmax(again, -1)
+            delta = _logit_gradient(probabilities, targets[part], entropy[part], grad_logprobs, grad_entropy, part)
             if ctx.temperature != 1.0:
                 delta.div_(ctx.temperature)
             delta = delta.to(hidden.dtype)
@@ -120,26 +119,21 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float, blocked: Tensor 
 
 
 def _logit_gradient(
-    logs: Tensor,
+    probabilities: Tensor,
     targets: Tensor,
     entropy: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     part: slice,
 ) -> Tensor:
-    """∂loss/∂l of one chunk from its log-probabilities (rows, V), which are overwritten."""
-    if grad_entropy is None:
-        delta = logs.exp_()
-        if grad_logprobs is None:
-            return delta.zero_()
-        return _toward_targets(delta.mul_(-grad_logprobs[part, None]), targets, grad_logprobs[part])
-    probabilities = torch.exp(logs)
-    slope = logs.add_(entropy[:, None]).mul_(grad_entropy[part, None])
+    """∂loss/∂l of one chunk (rows, V) from its probabilities, which are left as they are."""
+    weight = torch.zeros_like(entropy)
     if grad_logprobs is not None:
-        slope.add_(grad_logprobs[part, None])
-    delta = probabilities.mul_(slope).neg_()
-    return delta if grad_logprobs is None else _toward_targets(delta, targets, grad_logprobs[part])
-
-
-def _toward_targets(delta: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
-    return delta.scatter_add_(-1, targets[:, None], grad[:, None])
+        weight = weight - grad_logprobs[part]
+    if grad_entropy is not None:
+        weight = weight - grad_entropy[part] * entropy
+    delta = probabilities * weight[:, None]
+    if grad_entropy is not None:
+        # −p·log p, which is 0 at p = 0.
+        delta.addcmul_(torch.special.entr(probabilities), grad_entropy[part, None])
+    return delta if grad_logprobs is None else delta.scatter_add_(-1, targets[:, None], grad_logprobs[part, None])

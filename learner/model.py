@@ -17,6 +17,7 @@ from torch.distributed.fsdp import (
 from learner import attention
 from learner.families import MODULES, Family, check_modules, family_of
 from learner.hugging_face import compute_buffers, read_weights
+from learner.norms import use_lean_norms
 from learner.policy import Policy
 from vtriune.config.tree import Model
 from vtriune.torchvision_schemas import define_missing_schemas
@@ -42,6 +43,8 @@ def build_model(section: Model, device: torch.device) -> tuple[nn.Module, Family
     with torch.device("meta"):
         model: Any = auto.from_config(settings, dtype=torch.float32)
     use_attention(model, family, kernel_of(section.attention, device))
+    if device.type == "cpu" and not section.compile:
+        use_lean_norms(family.decoder(model))
     freeze(model, family, section.freeze)
     # Nothing here is random (Qwen's dropout rates are 0); training mode is what switches activation checkpointing on.
     model.train()

@@ -8,6 +8,7 @@ Every attempt is a fork of one process that has imported everything and started 
 """
 
 import asyncio
+import importlib
 import json
 import logging
 import os
@@ -69,7 +70,8 @@ def make_world() -> tuple[World, list[ScoredGroup]]:
 
 def record(folder: Path) -> None:
     """The model and the recorded trajectories that all attempts share."""
-    write_model(folder / "model")
+    # Few tensors: what a checkpoint of a small model costs is their number.
+    write_model(folder / "model", num_layers=1)
     _, groups = make_world()
     archive.write(folder, "version", 1, (archive.Archived(0, group) for group in groups))
 
@@ -325,8 +327,12 @@ def load_everything() -> None:
     from vtriune.torchvision_schemas import define_missing_schemas
 
     define_missing_schemas()
-    import torchdata.stateful_dataloader  # noqa: F401
-    from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration  # noqa: F401
+    for module in (
+        "pyarrow.pandas_compat", "torch.distributed.checkpoint._fsspec_filesystem", "torch.utils.serialization",
+        "torchdata.stateful_dataloader", "transformers.models.auto.modeling_auto",
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    ):  # fmt: skip
+        importlib.import_module(module)
 
 
 if __name__ == "__main__":

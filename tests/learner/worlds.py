@@ -18,8 +18,13 @@ from vtriune.messages import Group, Lease, SampleRef, Sampling, ScoredGroup, Tra
 IMAGE, VIDEO, START, END, VOCAB = 4, 5, 2, 3, 96
 
 
-def write_model(folder: Path, kind: str = "qwen2_5_vl", *, tied: bool = True, seed: int = 0) -> Path:
-    """A random model of family `kind` in Hugging Face format; weights large enough that outputs depend on inputs."""
+def write_model(
+    folder: Path, kind: str = "qwen2_5_vl", *, tied: bool = True, seed: int = 0, num_layers: int = 2
+) -> Path:
+    """A random model of family `kind` in Hugging Face format; weights large enough that outputs depend on inputs.
+
+    `num_layers` is that of the decoder and of the vision tower.
+    """
     from vtriune.torchvision_schemas import define_missing_schemas
 
     define_missing_schemas()
@@ -27,17 +32,17 @@ def write_model(folder: Path, kind: str = "qwen2_5_vl", *, tied: bool = True, se
 
     torch.manual_seed(seed)
     text = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2,
         "vocab_size": VOCAB, "max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": tied,
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}, "initializer_range": 0.15,
     }  # fmt: skip
     vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
+        "depth": num_layers, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
         "spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.15,
     }  # fmt: skip
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
     if kind == "qwen2_5_vl":
-        window = {"window_size": 16, "fullatt_block_indexes": [1]}
+        window = {"window_size": 16, "fullatt_block_indexes": [num_layers - 1]}
         config: Any = transformers.Qwen2_5_VLConfig(
             text_config=text, vision_config={**vision, **window}, tie_word_embeddings=tied, **ids
         )
