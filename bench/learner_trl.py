@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bench.learner_steps import OurStep, PaddedStep, PromptData, Stopwatch, Workload
+from vtriune.torchvision_schemas import define_missing_schemas
 
 SIZE, TOKENS, GROUP = 64, 64, 8
 
@@ -34,7 +35,7 @@ def _compare(folder: Path, rounds: int, token_budget: int) -> dict[str, Any]:
     padded = PaddedStep(folder, cpu, token_budget=1 << 30)
     seconds: dict[str, list[float]] = {"ours": [], "padded": [], "trl": []}
     cpu_s: dict[str, list[float]] = {"ours": [], "padded": [], "trl": []}
-    trainer = _trainer(folder, rounds + 2)
+    trainer = _trainer(folder, rounds + 2, SIZE)
     spent = {"generation": 0.0, "generation_cpu": 0.0, "start": 0.0, "start_cpu": 0.0}
     held: list[Workload] = []
     generate = trainer._generate_and_score_completions
@@ -82,14 +83,35 @@ def _compare(folder: Path, rounds: int, token_budget: int) -> dict[str, Any]:
     }
 
 
-def _trainer(folder: Path, steps: int) -> Any:
+def whole_steps(folder: Path, num_completions: int, steps: int) -> list[float]:
+    """Seconds of each of TRL's steps, generation included, over the model in `folder`. Called by `bench.whole_step`."""
+    define_missing_schemas()
+    from transformers import TrainerCallback
+
+    began, seconds = 0.0, []
+
+    class Timer(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal began
+            began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - began)
+
+    trainer = _trainer(folder, steps, num_completions)
+    trainer.add_callback(Timer())
+    trainer.train()
+    return seconds
+
+
+def _trainer(folder: Path, steps: int, num_completions: int) -> Any:
     from datasets import Dataset
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import GRPOConfig, GRPOTrainer
 
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8)) for _ in range(SIZE)]
+    images = [Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8)) for _ in range(num_completions)]
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "count the digits"}]}]
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     model.model.visual.requires_grad_(False)
@@ -99,7 +121,7 @@ def _trainer(folder: Path, steps: int) -> Any:
         reward_funcs=lambda completions, **_: [float(rng.random()) for _ in completions],
         args=GRPOConfig(
             output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=SIZE,
+            per_device_train_batch_size=num_completions,
             num_generations=GROUP,
             max_completion_length=TOKENS,
             max_steps=steps,
@@ -114,7 +136,7 @@ def _trainer(folder: Path, steps: int) -> Any:
             disable_tqdm=True,
             logging_strategy="no",
         ),
-        train_dataset=Dataset.from_dict({"prompt": [turn] * SIZE, "image": images}),
+        train_dataset=Dataset.from_dict({"prompt": [turn] * num_completions, "image": images}),
         processing_class=AutoProcessor.from_pretrained(folder),
     )
 

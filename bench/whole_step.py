@@ -11,14 +11,15 @@ made to write all 64 tokens: so tokens per second stand beside seconds per step,
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from bench.machine import describe, heading, write_json
+from vtriune.torchvision_schemas import define_missing_schemas
 
 TOKENS, GROUP, ROWS, UNMEASURED = 64, 8, 512, 3
 SYSTEMS = ("on_policy", "off_policy", "trl")
@@ -52,6 +54,7 @@ def coin(response: str, gold: str) -> float:
 
 def write_world(folder: Path) -> None:
     """Model and data below `folder`."""
+    define_missing_schemas()
     from bench.tiny_vlm import write_tiny_vlm
 
     write_tiny_vlm(folder / "model")
@@ -130,14 +133,12 @@ def our_step(folder: Path, system: str, num_completions: int, steps: int) -> Ste
 
 
 def trl_step(folder: Path, num_completions: int, steps: int) -> Step:
-    """One run of TRL's trainer in a process of its own, two threads. Raises RuntimeError with its last lines when it fails."""
-    command = [sys.executable, "-m", "bench.learner_trl", str(folder / "model"), str(num_completions), str(steps)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"TRL ended with code {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
-    seconds = json.loads(done.stdout.splitlines()[-1])[UNMEASURED:]
-    return Step(statistics.median(seconds), float(num_completions * TOKENS))
+    """One run of TRL's trainer in a fresh process, with torch's own number of threads: all cores."""
+    from bench.learner_trl import whole_steps
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as peer:
+        seconds = peer.submit(whole_steps, folder / "model", num_completions, steps).result()
+    return Step(statistics.median(seconds[UNMEASURED:]), float(num_completions * TOKENS))
 
 
 def compare(folder: Path, num_completions: int, steps: int, rounds: int, systems: Sequence[str]) -> dict[str, Step]:
