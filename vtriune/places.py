@@ -98,12 +98,8 @@ class _RayCluster:
 
     async def _reserve(self, cluster: Cluster) -> None:
         """The learner first, which fits in the fewest ways; generators last, which can do with less than they ask for."""
-        learner, generators, verifiers, layout = (
-            cluster.learner,
-            cluster.generators,
-            cluster.verifiers,
-            cluster.placement,
-        )
+        learner, verifiers, generators = cluster.learner, cluster.verifiers, cluster.generators
+        layout = cluster.placement
         await self._add("learner", learner.procs, layout.learner, learner.threads, learner.gpus)
         # Each worker is a process of its own, one busy core; perception and messages take one more.
         await self._add("verifiers", verifiers.procs, layout.verifiers, 1 + verifiers.workers, 0)
@@ -112,9 +108,8 @@ class _RayCluster:
             is_elastic=layout.generators == "SPREAD",
         )  # fmt: skip
         if self.num_generators < generators.procs:
-            self._say(
-                f"Ray has room for {self.num_generators} of {generators.procs} generators; others join when it has"
-            )
+            missing = f"{self.num_generators} of {generators.procs} generators"
+            self._say(f"Ray has room for {missing}; the others join when it has")
 
     async def _add(
         self, role: Role, num_procs: int, strategy: Strategy, num_cpus: int, num_gpus: int, *, is_elastic: bool = False
