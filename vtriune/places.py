@@ -108,8 +108,8 @@ class _RayCluster:
             is_elastic=layout.generators == "SPREAD",
         )  # fmt: skip
         if self.num_generators < generators.procs:
-            missing = f"{self.num_generators} of {generators.procs} generators"
-            self._say(f"Ray has room for {missing}; the others join when it has")
+            found = f"{self.num_generators} of {generators.procs} generators"
+            self._say(f"Ray has room for {found}; the others join when it has")
 
     async def _add(
         self, role: Role, num_procs: int, strategy: Strategy, num_cpus: int, num_gpus: int, *, is_elastic: bool = False

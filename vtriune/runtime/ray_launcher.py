@@ -154,15 +154,23 @@ class RayProcess:
 
     def _follow(self, boot: bytes, env: dict[str, str], log_path: str) -> None:
         """Pass on the seat's news until the worker or its node has ended."""
+        note = self._until_end(boot, env, log_path)
+        # First the seat: whoever hears of the end may leave the cluster.
+        _if_joined(lambda: _ray().kill(self._seat))
+        self.has_ended = True
+        self._watcher.do(lambda: self._events.on_exit(self, note))
+
+    def _until_end(self, boot: bytes, env: dict[str, str], log_path: str) -> FailureNote:
         try:
             _ray().get(self._seat.start.remote(boot, env, log_path))
-            while not self.has_ended:
-                self._handle(msgspec.msgpack.decode(_ray().get(self._seat.next.remote()), type=_SeatReply))
+            while True:
+                news = msgspec.msgpack.decode(_ray().get(self._seat.next.remote()), type=_SeatReply)
+                if news.end is not None:
+                    return news.end
+                self._handle(news)
         except Exception as error:
             # A lost node or seat, or this process has left the cluster, which Ray tells by any exception: it is gone.
-            if not self.has_ended:
-                self._end(self._lost_note(error))
-        _if_joined(lambda: _ray().kill(self._seat))
+            return self._lost_note(error)
 
     def _handle(self, news: _SeatReply) -> None:
         if news.peer is not None:
@@ -171,12 +179,6 @@ class RayProcess:
         elif news.report is not None:
             report = news.report
             self._watcher.do(lambda: self._events.on_report(self, report))
-        elif news.end is not None:
-            self._end(news.end)
-
-    def _end(self, note: FailureNote) -> None:
-        self.has_ended = True
-        self._watcher.do(lambda: self._events.on_exit(self, note))
 
     def _lost_note(self, error: Exception) -> FailureNote:
         peer = self.peer
