@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 ROOM_S = 300.0
 """For nodes that are just starting; a cluster that scales itself takes minutes."""
-FIRST_ROOM_S = 30.0
+FIRST_ROOM_S = 15.0
 """The same for all generators: after it, the run starts with those that have room."""
-_PROMPT_S = 2.0
-"""Waiting for longer than this is told."""
+_PROMPT_S = 10.0
+"""Waiting for longer than this is told; Ray takes seconds to start a process where there is room."""
 
 
 class Places(Protocol):
@@ -97,24 +97,19 @@ class _RayCluster:
         return opened
 
     async def _reserve(self, cluster: Cluster) -> None:
-        """The learner first: it fits in the fewest ways."""
-        learner, generators, verifiers, layout = (
-            cluster.learner,
-            cluster.generators,
-            cluster.verifiers,
-            cluster.placement,
-        )
+        """The learner first, which fits in the fewest ways; generators last, which can do with less than they ask for."""
+        learner, verifiers, generators = cluster.learner, cluster.verifiers, cluster.generators
+        layout = cluster.placement
         await self._add("learner", learner.procs, layout.learner, learner.threads, learner.gpus)
+        # Each worker is a process of its own, one busy core; perception and messages take one more.
+        await self._add("verifiers", verifiers.procs, layout.verifiers, 1 + verifiers.workers, 0)
         self.num_generators = await self._add(
             "generators", generators.procs, layout.generators, generators.threads, generators.gpus,
             is_elastic=layout.generators == "SPREAD",
         )  # fmt: skip
         if self.num_generators < generators.procs:
-            self._say(
-                f"Ray has room for {self.num_generators} of {generators.procs} generators; others join when it has"
-            )
-        # Each worker is a process of its own, one busy core; perception and messages take one more.
-        await self._add("verifiers", verifiers.procs, layout.verifiers, 1 + verifiers.workers, 0)
+            found = f"{self.num_generators} of {generators.procs} generators"
+            self._say(f"Ray has room for {found}; the others join when it has")
 
     async def _add(
         self, role: Role, num_procs: int, strategy: Strategy, num_cpus: int, num_gpus: int, *, is_elastic: bool = False

@@ -102,7 +102,7 @@ REFUSED = [
     (["policy.schedule=[{until: 0.9}, {until: 0.5}]"], "must rise"),
     (["policy.schedule=[{mode: on_policy, max_staleness: 1}]"], "on_policy with max_staleness 1"),
     (["data.min_pixels=99999"], "must lie in"),
-    (["cluster.launcher=ray", "cluster.generators.threads=0"], "write how many CPUs each process takes"),
+    (["cluster.launcher=ray", "cluster.learner.threads=0"], "write how many CPUs each process takes"),
     ([*RAY, "cluster.bind=127.0.0.1"], "other nodes cannot reach it"),
     (["cluster.bind=eth0"], "'eth0' is no address"),
     (["cluster.bind=0.0.0.0"], "IPv4 address of one interface"),

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,15 +154,23 @@ class RayProcess:
 
     def _follow(self, boot: bytes, env: dict[str, str], log_path: str) -> None:
         """Pass on the seat's news until the worker or its node has ended."""
+        note = self._until_end(boot, env, log_path)
+        # First the seat: whoever hears of the end may leave the cluster.
+        _if_joined(lambda: _ray().kill(self._seat))
+        self.has_ended = True
+        self._watcher.do(lambda: self._events.on_exit(self, note))
+
+    def _until_end(self, boot: bytes, env: dict[str, str], log_path: str) -> FailureNote:
         try:
             _ray().get(self._seat.start.remote(boot, env, log_path))
-            while not self.has_ended:
-                self._handle(msgspec.msgpack.decode(_ray().get(self._seat.next.remote()), type=_SeatReply))
-        except _ray().exceptions.RayError as error:
-            if not self.has_ended:
-                self._end(self._lost_note(error))
-        finally:
-            _kill(self._seat)
+            while True:
+                news = msgspec.msgpack.decode(_ray().get(self._seat.next.remote()), type=_SeatReply)
+                if news.end is not None:
+                    return news.end
+                self._handle(news)
+        except Exception as error:
+            # A lost node or seat, or this process has left the cluster, which Ray tells by any exception: it is gone.
+            return self._lost_note(error)
 
     def _handle(self, news: _SeatReply) -> None:
         if news.peer is not None:
@@ -171,12 +179,6 @@ class RayProcess:
         elif news.report is not None:
             report = news.report
             self._watcher.do(lambda: self._events.on_report(self, report))
-        elif news.end is not None:
-            self._end(news.end)
-
-    def _end(self, note: FailureNote) -> None:
-        self.has_ended = True
-        self._watcher.do(lambda: self._events.on_exit(self, note))
 
     def _lost_note(self, error: Exception) -> FailureNote:
         peer = self.peer
@@ -188,11 +190,11 @@ class RayProcess:
         """SIGTERM, and SIGKILL after the grace. Idempotent."""
         if not self.is_stopping:
             self.is_stopping = True
-            self._seat.stop.remote(grace_s)
+            _if_joined(lambda: self._seat.stop.remote(grace_s))
 
     def kill(self, cause: str = "") -> None:
         """SIGKILL at once."""
-        self._seat.kill.remote(cause)
+        _if_joined(lambda: self._seat.kill.remote(cause))
 
     def stopped_for_s(self) -> float:
         """0: libzmq's heartbeats tell a frozen worker on another host."""
@@ -305,7 +307,7 @@ class RayPlaces:
         try:
             node: str = await asyncio.wrap_future(seat.node.remote().future())
         except BaseException:  # Also when nobody waits any longer: the seat would stay taken.
-            _kill(seat)
+            _if_joined(lambda: _ray().kill(seat))
             raise
         self._seats[place] = seat
         return node
@@ -341,9 +343,10 @@ async def _is_ready(group: Any, patience_s: float) -> bool:
     return True
 
 
-def _kill(seat: Any) -> None:
+def _if_joined(action: Callable[[], Any]) -> None:
+    """Seats end with the connection; and a call after it would make Ray connect anew."""
     if _ray().is_initialized():
-        _ray().kill(seat)
+        action()
 
 
 def join(address: str | None = None) -> str:
@@ -360,6 +363,8 @@ def join(address: str | None = None) -> str:
         ConnectionError: no cluster answers there.
     """
     if not _ray().is_initialized():
+        # For a cluster started here; by default Ray's workers, and ours below them, come last on a busy machine.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         try:
             _ray().init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         except ConnectionError as error:
