@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from tests.runtime.actors import Echo, Relay
 from vtriune import runtime
-from vtriune.runtime import MeshFailure, RestartPolicy, ray_launcher
+from vtriune.runtime import MeshFailure, RestartPolicy, ray_launcher, ray_seat
 from vtriune.runtime.ray_launcher import NoRoom, RayPlaces, join
 
 WAIT_S = 60.0
@@ -105,10 +105,15 @@ def test_a_worker_is_told_which_interface_has_its_nodes_address_unless_the_node_
 ) -> None:
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "set by the node")
-    (variable, name), *more = ray_launcher._interface("127.0.0.1").items()
+    (variable, name), *more = ray_seat._interface("127.0.0.1").items()
     assert (variable, more) == ("NCCL_SOCKET_IFNAME", [])
     assert "127.0.0.1" in {address.address for address in psutil.net_if_addrs()[name]}
-    assert ray_launcher._interface("192.0.2.77") == {}
+    assert ray_seat._interface("192.0.2.77") == {}
+
+
+def test_a_head_that_is_not_there_is_told_at_once() -> None:
+    with pytest.raises(ConnectionError, match=r"no Ray cluster answers at 127\.0\.0\.1:9 "):
+        ray_launcher._knock("127.0.0.1:9")
 
 
 def test_a_role_that_must_be_whole_says_what_the_cluster_lacks(cluster: Cluster) -> None:
