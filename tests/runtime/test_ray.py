@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.runtime.actors import Echo, Relay
+from tests.runtime.ray_nodes import add_node, start_head
 from vtriune import runtime
 from vtriune.runtime import MeshFailure, RestartPolicy, ray_launcher, ray_seat
 from vtriune.runtime.ray_launcher import NoRoom, RayPlaces, join
@@ -25,24 +24,13 @@ WAIT_S = 60.0
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     runtime.shutdown()
-    # Ray gives its own agents 15 s to start, too little on a loaded machine.
-    os.environ["RAY_agent_register_timeout_ms"] = "120000"
-    # Below Ray's default of 15 whatever else this machine does would come first.
-    os.environ["RAY_worker_niceness"] = "0"
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    made = start_head(num_cpus=1)
     runtime.configure(bind=join(made.address))
     yield made
     runtime.shutdown()
     runtime.configure()
     ray.shutdown()
     made.shutdown()
-
-
-def add_node(cluster: Cluster) -> Any:
-    node: Any = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
-    cluster.wait_for_nodes()
-    return node
 
 
 def test_a_mesh_spreads_over_two_nodes_and_survives_the_loss_of_one(cluster: Cluster) -> None:

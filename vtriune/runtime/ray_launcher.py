@@ -117,9 +117,10 @@ class RayPlaces:
         ray_module().util.remove_placement_group(group)
 
     def _num_fitting(self) -> int:
-        """How many places the cluster has the resources for; fragments of several nodes count, so perhaps too many."""
+        """How many places are worth asking for: fragments of several nodes count, so perhaps too many; and always one, because
+        what has just been given back elsewhere does not show yet."""
         free = ray_module().available_resources()
-        return int(min(free.get(name, 0.0) // amount for name, amount in self._bundle.items()))
+        return max(1, int(min(free.get(name, 0.0) // amount for name, amount in self._bundle.items())))
 
     def _complaint(self) -> str:
         total, free = ray_module().cluster_resources(), ray_module().available_resources()
