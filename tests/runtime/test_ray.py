@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import psutil
 import pytest
@@ -15,8 +13,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.runtime.actors import Echo, Relay
+from tests.runtime.ray_nodes import add_node, start_head
 from vtriune import runtime
-from vtriune.runtime import MeshFailure, RestartPolicy, ray_launcher
+from vtriune.runtime import MeshFailure, RestartPolicy, ray_launcher, ray_seat
 from vtriune.runtime.ray_launcher import NoRoom, RayPlaces, join
 
 WAIT_S = 60.0
@@ -25,24 +24,13 @@ WAIT_S = 60.0
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     runtime.shutdown()
-    # Ray gives its own agents 15 s to start, too little on a loaded machine.
-    os.environ["RAY_agent_register_timeout_ms"] = "120000"
-    # Below Ray's default of 15 whatever else this machine does would come first.
-    os.environ["RAY_worker_niceness"] = "0"
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    made = start_head(num_cpus=1)
     runtime.configure(bind=join(made.address))
     yield made
     runtime.shutdown()
     runtime.configure()
     ray.shutdown()
     made.shutdown()
-
-
-def add_node(cluster: Cluster) -> Any:
-    node: Any = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
-    cluster.wait_for_nodes()
-    return node
 
 
 def test_a_mesh_spreads_over_two_nodes_and_survives_the_loss_of_one(cluster: Cluster) -> None:
@@ -105,10 +93,15 @@ def test_a_worker_is_told_which_interface_has_its_nodes_address_unless_the_node_
 ) -> None:
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "set by the node")
-    (variable, name), *more = ray_launcher._interface("127.0.0.1").items()
+    (variable, name), *more = ray_seat._interface("127.0.0.1").items()
     assert (variable, more) == ("NCCL_SOCKET_IFNAME", [])
     assert "127.0.0.1" in {address.address for address in psutil.net_if_addrs()[name]}
-    assert ray_launcher._interface("192.0.2.77") == {}
+    assert ray_seat._interface("192.0.2.77") == {}
+
+
+def test_a_head_that_is_not_there_is_told_at_once() -> None:
+    with pytest.raises(ConnectionError, match=r"no Ray cluster answers at 127\.0\.0\.1:9 "):
+        ray_launcher._knock("127.0.0.1:9")
 
 
 def test_a_role_that_must_be_whole_says_what_the_cluster_lacks(cluster: Cluster) -> None:

@@ -10,23 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
+from tests.runtime.ray_nodes import add_node, start_head
 from tests.system.jobs import Job
 
 FILE = "examples/ray_2_nodes.yaml"
 OVERRIDES = ["evaluation.before=false", "evaluation.after=false", "tracking.wandb=off"]
-OBJECT_STORE_BYTES = 80 << 20
-"""Near the least Ray accepts: our messages do not use it."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    # Ray gives its own agents 15 s to start, too little on a loaded machine.
-    os.environ["RAY_agent_register_timeout_ms"] = "120000"
-    # Below Ray's default of 15 whatever else this machine does would come first.
-    os.environ["RAY_worker_niceness"] = "0"
     # Room for learner, verifiers and one generator; the second generator fits on another node only.
-    head = {"num_cpus": 5, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    made = start_head(num_cpus=5)
     yield made
     made.shutdown()
 
@@ -62,11 +56,11 @@ def generators_by_version(job: Job) -> dict[int, set[int]]:
     }
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_a_run_spreads_over_two_nodes_and_completes_though_one_is_lost(
     cluster: Cluster, start: Callable[..., Job]
 ) -> None:
-    second = cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+    second = add_node(cluster)
     job = start("run.steps=8", f"cluster.address={cluster.address}", *OVERRIDES, file=FILE)
     job.wait_for_version(2)
     placed = nodes_of_generators(job)
@@ -89,14 +83,14 @@ def test_a_run_spreads_over_two_nodes_and_completes_though_one_is_lost(
     assert workers_left() == []
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_a_run_starts_with_the_generator_that_has_room_and_takes_the_other_in_when_a_node_joins(
     cluster: Cluster, start: Callable[..., Job]
 ) -> None:
     job = start("run.steps=10000", f"cluster.address={cluster.address}", *OVERRIDES, file=FILE)
     job.wait_for_version(1)
     assert "room for 1 of 2 generators" in job.text()
-    second = cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+    second = add_node(cluster)
     job.wait_for(lambda: 1 in set().union(*generators_by_version(job).values()), "group sampled by generator 1")
     assert nodes_of_generators(job) == {0: cluster.head_node.node_id, 1: second.node_id}
     os.kill(job.process.pid, signal.SIGINT)

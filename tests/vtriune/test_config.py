@@ -104,6 +104,8 @@ REFUSED = [
     (["data.min_pixels=99999"], "must lie in"),
     (["cluster.launcher=ray", "cluster.learner.threads=0"], "write how many CPUs each process takes"),
     ([*RAY, "cluster.bind=127.0.0.1"], "other nodes cannot reach it"),
+    ([*RAY, "cluster.address=ray://head:10001"], "is not host:port"),
+    ([*RAY, "cluster.address=head"], "is not host:port"),
     (["cluster.bind=eth0"], "'eth0' is no address"),
     (["cluster.bind=0.0.0.0"], "IPv4 address of one interface"),
     (["cluster.bind=192.0.2.77"], "no interface of this machine has the address"),

@@ -196,6 +196,12 @@ def _ray_problems(cluster: Cluster) -> Iterable[str]:
         if cluster.placement != Placement():
             yield "cluster.placement: with launcher local all processes run on this machine; write launcher: ray, or leave it out"
         return
+    host, _, port = (cluster.address or "host:1").rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        yield (
+            f"cluster.address: {cluster.address!r} is not host:port of the cluster's head; launch must run on one of its nodes, "
+            "Ray's client (ray://) does not reach the others"
+        )
     if importlib.util.find_spec("ray") is None:
         yield "cluster.launcher: ray is not installed; pip install 'vtriune[ray]', on every node"
     for role, threads in (("generators", cluster.generators.threads), ("learner", cluster.learner.threads)):
