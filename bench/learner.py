@@ -5,6 +5,7 @@ Sections (all by default; name some to run only them):
   long     a 1,000-token prompt with 8 answers of 200 tokens
   trl      64 completions × 64 tokens, on the very batches that TRL's GRPOTrainer generated for itself (extra `peers`)
   memory   peak of the log-prob step: 152k vocabulary, 8k tokens
+  checkpoint  how long training stands still for one, written at once and beside training
   shapes   random weights in the layer shapes of Qwen2.5-VL-3B or -7B (`--layers` of them); meant for a GPU
 
 Each contender runs once per round, in turn, so that a machine's noise meets all of them; medians are quoted.
@@ -27,7 +28,7 @@ from bench.learner_steps import OurStep, PaddedStep, Workload, workload
 from bench.machine import describe, heading, write_json
 from vtriune.torchvision_schemas import define_missing_schemas
 
-SECTIONS = ("digits", "long", "trl", "memory")
+SECTIONS = ("digits", "long", "trl", "memory", "checkpoint")
 DIGITS = Path("examples/digits/model")
 VOCAB, TOKENS, WIDTH = 152_064, 8192, 64
 SHAPES = {
@@ -109,6 +110,13 @@ def trl(options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
     return compare(options.rounds, options.token_budget)
 
 
+def checkpoint(options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+    """See `bench.learner_checkpoint`."""
+    from bench.learner_checkpoint import compare
+
+    return compare(options.rounds, write_random)
+
+
 def memory(options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
     """Peak resident memory beyond the inputs, in a process of its own. The full logits are not tried: they are only counted."""
     full = VOCAB * TOKENS * 4
@@ -142,7 +150,7 @@ def measure_logprobs(num_threads: int) -> float:
 
 
 RUNNERS: dict[str, Callable[[argparse.Namespace, float], dict[str, Any]]] = {
-    "digits": digits, "long": long, "trl": trl, "memory": memory, "shapes": shapes,
+    "digits": digits, "long": long, "trl": trl, "memory": memory, "checkpoint": checkpoint, "shapes": shapes,
 }  # fmt: skip
 
 

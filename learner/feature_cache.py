@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from learner.policy import Policy
-from learner.publishing import gathered
+from learner.publishing import device_of, gathered
 from vtriune.config.tree import Config
 from vtriune.messages import SampleRef
 
@@ -81,7 +81,7 @@ def identity_of(config: Config, policy: Policy) -> str:
 
     folder, family, model = Path(config.model.path), policy.family, policy.model
     bounds = (config.data.min_pixels, config.data.max_pixels)
-    device = next(model.parameters()).device.type
+    device = device_of(model).type
     digest = hashlib.sha256(
         f"{config.model.dtype} {bounds} {device} {torch.__version__} {transformers.__version__}\n".encode()
     )

@@ -142,17 +142,17 @@ def snapshot(model: nn.Module, source: Path, dtype: str, *, keeps: bool) -> Snap
     Memory on that rank: the model once, in `dtype`, on the host. Raises WeightsError when `source` has changed.
     """
     wanted = _DTYPES[dtype]
-    state = model.state_dict(keep_vars=True)
     tensors: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}
-    for name, tensor in state.items():
+    copies: dict[int, Tensor | None] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # Every rank gathers the same tensors, a tied one once, whether it keeps them or not.
         if id(tensor) not in copies:
             whole = gathered(tensor)
-            if keeps:
-                target = wanted if whole.is_floating_point() else whole.dtype
-                copies[id(tensor)] = torch.empty(whole.shape, dtype=target).copy_(whole)
-        if keeps:
-            tensors[name] = copies[id(tensor)]
+            target = wanted if whole.is_floating_point() else whole.dtype
+            copies[id(tensor)] = torch.empty(whole.shape, dtype=target).copy_(whole) if keeps else None
+        copy = copies[id(tensor)]
+        if copy is not None:
+            tensors[name] = copy
     return Snapshot(source, stored_tensors(model, source) if keeps else (), tensors, dtype)
 
 

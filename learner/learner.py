@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from learner.balance import plan
 from learner.examples import Example, Inbox, check_staleness, example
@@ -28,6 +28,7 @@ from learner.optimizer import Optimizer, StepResult
 from learner.packing import Piece, Prompt, pack
 from learner.policy import Policy, to_inputs
 from learner.prompts import Images, Prompts, Source, joined
+from learner.publishing import device_of
 from learner.tally import Tally
 from vtriune.config.tree import Config
 from vtriune.messages import SampleRef, ScoredGroup, TrainOrder, TrainReport
@@ -79,7 +80,7 @@ class Learner:
             keeps_state_on_host=config.model.offload == "optimizer",
         )
         self.inbox = Inbox()
-        self._layout = Layout(self.prompts.image_token_id, self.family.num_position_axes, _device(policy.model))
+        self._layout = Layout(self.prompts.image_token_id, self.family.num_position_axes, device_of(policy.model))
         self._width = int(self.family.decoder(policy.model).config.hidden_size)  # type: ignore[union-attr, arg-type]
         self._clip = Clip(config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip)
 
@@ -272,10 +273,6 @@ class Learner:
         toggle = getattr(self.policy, "set_requires_gradient_sync", None)
         if toggle is not None:
             toggle(is_last)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _staleness_metrics(examples: Sequence[Example], staleness: Sequence[int], version: int) -> dict[str, float]:

@@ -3,7 +3,8 @@
 With logits l = (h·Wᵀ)/τ and the blocked ids at −∞ (the sampler's processed distribution):
     log π(y) = l_y − lse(l)                      ∂/∂l_j = 1[j = y] − p_j
     H        = lse(l) − Σ_j p_j·l_j              ∂/∂l_j = −p_j·(l_j − lse(l) + H)
-The backward pass recomputes a chunk's logits, so the peak is two chunks, whatever the number of tokens.
+The backward pass recomputes a chunk's probabilities, so the peak is two chunks (three with an entropy bonus), whatever the number of
+tokens.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 64 << 20
-"""At most this many bytes of float32 logits exist at a time (twice that in the backward pass)."""
+"""At most this many bytes of float32 logits exist at a time (twice that with their probabilities or gradients)."""
 _CACHED_ROWS_BYTES = 2 << 20
 """On the CPU a chunk that stays in the cache is walked over by every elementwise step at the cache's speed."""
 _MIN_ROWS = 256
@@ -74,6 +75,7 @@ class _Scores(torch.autograd.Function):
             if keeps:
                 # Together they are no more than one chunk may be, and save the recomputation.
                 kept.append(probabilities)
+            del logits, probabilities
         ctx.save_for_backward(hidden, weight, targets, blocked, entropy, *kept)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.set_materialize_grads(False)
@@ -87,9 +89,9 @@ class _Scores(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for index, start in enumerate(range(0, len(hidden), ctx.rows)):
             part = slice(start, start + ctx.rows)
-            again = None if kept else _logits(hidden[part], weight, ctx.temperature, blocked)
-            probabilities = kept[index] if again is None else torch.softmax(again, -1)
+            probabilities = kept[index] if kept else _probabilities(hidden[part], weight, ctx.temperature, blocked)
             delta = _logit_gradient(probabilities, targets[part], entropy[part], grad_logprobs, grad_entropy, part)
+            del probabilities
             if ctx.temperature != 1.0:
                 delta.div_(ctx.temperature)
             delta = delta.to(hidden.dtype)
@@ -116,6 +118,10 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float, blocked: Tensor 
     if blocked is not None and len(blocked):
         logits.index_fill_(-1, blocked, _BLOCKED)
     return logits
+
+
+def _probabilities(hidden: Tensor, weight: Tensor, temperature: float, blocked: Tensor | None) -> Tensor:
+    return torch.softmax(_logits(hidden, weight, temperature, blocked), -1)
 
 
 def _logit_gradient(

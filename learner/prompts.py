@@ -17,6 +17,7 @@ from torch import Tensor
 from learner.feature_cache import FeatureCache
 from learner.packing import Prompt
 from learner.policy import Policy
+from learner.publishing import device_of
 from vtriune.messages import Group, SampleRef
 
 
@@ -69,7 +70,7 @@ class Prompts:
         self._open_disk = open_disk
         """Collective, and only once the tower has its weights; None: features are kept in memory only."""
         self._disk: FeatureCache | None = None
-        self._device = next(policy.parameters()).device
+        self._device = device_of(policy.model)
         settings: Any = policy.model.config
         self.image_token_id: int | None = getattr(settings, "image_token_id", None)
         self._settings = settings

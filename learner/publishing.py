@@ -46,7 +46,7 @@ class WeightSender:
         self._trainable = trainable
         self._dtype = dtype
         self._host = host
-        self._device = _device_of(model)
+        self._device = device_of(model)
         self._backend: Literal["gloo", "nccl"] = backend or ("nccl" if self._device.type == "cuda" else "gloo")
         self._num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         # On the CPU whatever carries the gradients: a flag must not queue behind kernels.
@@ -222,7 +222,8 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where `model` computes, which is not where its parameters are when they are offloaded to the host."""
     tensor = next(model.parameters())
     if isinstance(tensor, DTensor) and tensor.device_mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())

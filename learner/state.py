@@ -36,6 +36,11 @@ class Writing:
         self.folder = folder
         self._parts = parts
 
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would return or raise at once."""
+        return all(part.done() for part in self._parts)
+
     def wait(self) -> int:
         """Return once this rank's files are written: bytes below the folder so far. Raises what broke a write, however often asked."""
         for part in self._parts:

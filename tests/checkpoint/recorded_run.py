@@ -52,7 +52,7 @@ from vtriune.publisher import Publisher
 from vtriune.run_folder import claim
 from vtriune.run_state import Snapshots
 
-NUM_ROWS, NUM_EPOCHS, BATCH, SIZE = 144, 2, 4, 2
+NUM_ROWS, NUM_EPOCHS, BATCH, SIZE = 108, 2, 4, 2
 STALENESS_0 = "off_policy-0"
 """Name of the run that is off-policy with a bound of 0; all others are on-policy."""
 NUM_VERSIONS = NUM_ROWS * NUM_EPOCHS // BATCH
@@ -265,9 +265,9 @@ def _wait_for(moment: Moment, is_ready: int, checkpoints: Path, rng: random.Rand
         return
     os.read(is_ready, 1)
     # By the run's own progress, not by the clock: however busy the machine, kills fall all along the run and never after its end.
-    num_more = 0 if moment == "checkpoint" else rng.randint(0, 2)
+    num_more = 0 if moment == "checkpoint" else rng.randint(0, 1)
     first = _latest(checkpoints)
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while _latest(checkpoints) < first + num_more and time.monotonic() < end:
         time.sleep(0.0005)
     while moment == "checkpoint" and not any(checkpoints.glob(".step-*.partial")) and time.monotonic() < end:

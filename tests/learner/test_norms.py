@@ -6,16 +6,24 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import gradcheck
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from learner.norms import rms_norm, use_lean_norms
 from tests.learner import worlds
+from vtriune.torchvision_schemas import define_missing_schemas
+
+
+def a_norm(width: int, epsilon: float = 1e-6) -> Any:
+    """transformers' own."""
+    define_missing_schemas()
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
+    return Qwen2_5_VLRMSNorm(width, epsilon)
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 32), (1, 5, 3, 8), (2, 1, 4)])
 def test_values_and_gradients_are_transformers(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    plain, lean = Qwen2_5_VLRMSNorm(shape[-1], 1e-5), Qwen2_5_VLRMSNorm(shape[-1], 1e-5)
+    plain, lean = a_norm(shape[-1], 1e-5), a_norm(shape[-1], 1e-5)
     with torch.no_grad():
         plain.weight.normal_()
         lean.weight.copy_(plain.weight)
@@ -38,7 +46,7 @@ def test_the_gradient_is_that_of_the_formula_in_float64() -> None:
 
 
 def test_other_types_run_transformers_own_module() -> None:
-    lean: Any = Qwen2_5_VLRMSNorm(8).bfloat16()
+    lean = a_norm(8).bfloat16()
     expected = lean(torch.ones(2, 8, dtype=torch.bfloat16) * 3)
     use_lean_norms(lean)
     found = lean(torch.ones(2, 8, dtype=torch.bfloat16) * 3)
