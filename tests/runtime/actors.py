@@ -188,3 +188,15 @@ class Meter(Actor):
     @endpoint
     async def cpu_s(self) -> float:
         return time.process_time()
+
+
+class Glutton(Actor):
+    """Takes memory until the kernel objects."""
+
+    @endpoint
+    async def eat(self, num_bytes: int) -> int:
+        return len(b"x" * num_bytes)
+
+    @endpoint
+    async def pid(self) -> int:
+        return os.getpid()

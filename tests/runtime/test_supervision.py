@@ -24,7 +24,6 @@ from vtriune.runtime import (
     RestartPolicy,
     Stall,
     this_host,
-    watcher,
 )
 from vtriune.runtime.node import this_node
 
@@ -92,18 +91,6 @@ def test_a_busy_process_is_not_taken_for_a_frozen_one() -> None:
     procs = this_host().spawn_procs(name="busy", on_failure=print, frozen_after_s=0.5)
     echo = procs.spawn("echo", Echo)
     assert echo.hog.call_one(2.0).get(timeout=WAIT_S) == "let go"
-    procs.stop().get(timeout=WAIT_S)
-
-
-def test_a_kill_for_memory_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures: queue.Queue[MeshFailure] = queue.Queue()
-    procs = this_host().spawn_procs(name="greedy", on_failure=failures.put)
-    echo = procs.spawn("echo", Echo)
-    pid = echo.where.call_one().get(timeout=WAIT_S)[2]
-    before = watcher.oom_kills()
-    monkeypatch.setattr(watcher, "oom_kills", lambda: before + 1)
-    os.kill(pid, signal.SIGKILL)
-    assert failures.get(timeout=WAIT_S).cause == "oom"
     procs.stop().get(timeout=WAIT_S)
 
 

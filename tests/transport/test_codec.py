@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -141,3 +145,11 @@ def test_nesting_is_bounded() -> None:
         with pytest.raises(WireError, match="nested"):
             codec.UNTYPED_RESULT.unpack(b"\x91" * (depth + 1) + b"\xc0", (), ())
     assert codec.UNTYPED_RESULT.unpack(b"\x91" * (wire.MAX_NESTING + 1) + b"\xc0", (), ())
+
+
+def test_schemas_of_the_same_classes_may_be_built_and_used_by_many_threads_at_once() -> None:
+    root = Path(__file__).parents[2]
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.transport.schema_hammer"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert (process.returncode, process.stdout) == (0, "80 trees read\n"), process.stderr

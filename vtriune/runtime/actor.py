@@ -180,6 +180,7 @@ class Actor:
         def split(self, **parts: typing.Sequence[str] | int) -> Self: ...
         def stop(self, reason: str = "") -> Future[None]: ...
         def __len__(self) -> int: ...
+        def __iter__(self) -> typing.Iterator[Self]: ...
 
 
 class Signature:
@@ -215,6 +216,12 @@ class Signature:
             if len(self._by_shape) < _MAX_SHAPES:
                 self._by_shape[num_positional, names] = schema
         return schema
+
+    def build(self) -> None:
+        """Build the schema of the call that gives every argument, in its shortest form: the rest, on first use, then
+        find their types known."""
+        keyword_only = tuple(name for name in self._parameters if name in self._keyword_only)
+        self.arguments(len(self._parameters) - len(keyword_only), keyword_only)
 
     def _bind(self, num_positional: int, names: tuple[str, ...]) -> Schema:
         positional = [name for name in self._parameters if name not in self._keyword_only]

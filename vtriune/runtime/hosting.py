@@ -20,7 +20,7 @@ from vtriune.runtime import context
 from vtriune.runtime.actor import Actor, Endpoint, load_class
 from vtriune.runtime.bootstrap import SpawnRequest
 from vtriune.runtime.failure import note_from_error
-from vtriune.runtime.invocation import construct, pack_result, refusal, start_now, unpack
+from vtriune.runtime.invocation import construct, pack_result, prepare, refusal, start_now, unpack
 from vtriune.runtime.node import SYSTEM, Node
 from vtriune.runtime.shape import Extent, Point
 from vtriune.runtime.stacks import own_stacks
@@ -36,6 +36,9 @@ SPAWN = Schema(("request",), (SpawnRequest,))
 STOP = Schema(("actor_id",), (str,))
 
 _EXPECT_S = 5.0
+# Actors of one process are imported and their schemas built one at a time, for msgspec's sake (see codec). The loop
+# never takes it: an import may be long.
+_preparing = threading.Lock()
 
 _Early = tuple[Session, Call, Sequence[Any]]
 
@@ -76,7 +79,9 @@ class ActorHost:
             context.enter(self, None)
             actor, error = None, None
             try:
-                cls = load_class(request.class_path)
+                with _preparing:
+                    cls = load_class(request.class_path)
+                    prepare(cls)
                 actor = construct(cls, request)
             except Exception as failure:
                 # A constructor may raise anything; it goes to whoever spawned the actor.

@@ -80,6 +80,19 @@ def pack_result(declared: Endpoint[..., Any], value: Any, call: Call, limits: Li
     return payload
 
 
+def prepare(cls: type[Actor]) -> None:
+    """Build the schemas of every endpoint, so that no call has to and no constructor of another actor meets msgspec
+    halfway through describing their types.
+
+    Raises:
+        TypeError: an annotation that cannot be resolved or cannot travel.
+    """
+    for base in cls.__mro__:
+        for declared in vars(base).values():
+            if isinstance(declared, Endpoint):
+                declared.signature.build()
+
+
 def construct(cls: type[Actor], request: SpawnRequest) -> Actor:
     """Run a constructor on its encoded arguments; raises what it raises, WireError when they do not fit."""
     if cls.__init__ is object.__init__:

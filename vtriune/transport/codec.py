@@ -26,6 +26,10 @@ _MAX_DIMENSIONS = 32
 # Annotations that are no classes, as the class of their values.
 _PLAIN: dict[Any, Any] = {None: type(None)}
 _BLOB_TYPES = (bytes, bytearray, memoryview)
+# msgspec describes a struct on first use, and other threads see the description before it is complete: a decoder they
+# build then crashes on its first message. So decoders are built by one thread at a time; those that exist may be used
+# by any. Reentrant, because resolving annotations may import modules that build decoders of their own.
+_building = threading.RLock()
 
 
 class Payload(NamedTuple):
@@ -58,6 +62,8 @@ _wire_types: dict[type, WireType] = {}
 
 def register(cls: type, wire_type: WireType) -> None:
     """Let instances of `cls` (and its subclasses) travel in payloads."""
+    with _building:
+        msgspec.msgpack.Decoder(wire_type.struct)
     _wire_types[cls] = wire_type
 
 
@@ -178,7 +184,8 @@ class Schema:
     def __init__(self, names: Sequence[str], types: Sequence[Any]) -> None:
         self.names = tuple(names)
         self.type: Any = tuple[tuple(types)] if types else tuple[()]  # type: ignore[misc]
-        self._decode = msgspec.msgpack.Decoder(self.type, dec_hook=_decode_hook).decode
+        with _building:
+            self._decode = msgspec.msgpack.Decoder(self.type, dec_hook=_decode_hook).decode
         self._is_open = _is_open(self.type)
         self._plain = tuple(_PLAIN.get(each, each) for each in types)
 
