@@ -70,6 +70,15 @@ def test_arrays_are_sent_without_a_copy() -> None:
     assert memoryview(payload.frames[0])[0] == 7
 
 
+def test_received_arrays_are_read_only_views_of_their_frames() -> None:
+    payload = pack((np.arange(INLINE_BYTES, dtype=np.int32),))
+    frame = bytes(payload.frames[0])
+    (received,) = Schema(("a",), (np.ndarray,)).unpack(payload.body, [frame], ())
+    assert np.shares_memory(received, np.frombuffer(frame, np.uint8))
+    with pytest.raises(ValueError, match="read-only"):
+        received[0] = 7
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     size=st.integers(0, 3 * INLINE_BYTES),

@@ -130,7 +130,7 @@ class ActorHost:
         self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any]
     ) -> None:
         try:
-            args, kwargs = unpack(declared.signature, call, frames)
+            args, kwargs = unpack(declared.signature, call, frames, session.peer)
             if call.deadline_s is None:
                 value = await declared.method(self._actor, *args, **kwargs)
             else:
@@ -161,7 +161,7 @@ class ActorHost:
             return
         context.enter(self, call.deadline_s)
         try:
-            args, kwargs = unpack(declared.signature, call, frames)
+            args, kwargs = unpack(declared.signature, call, frames, session.peer)
             answer = pack_result(declared, declared.method(self._actor, *args, **kwargs), call, self._limits)
         except Exception as error:
             # Whatever an endpoint raises is its caller's to see.

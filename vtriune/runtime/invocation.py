@@ -16,7 +16,7 @@ from vtriune.runtime.bootstrap import SpawnRequest
 from vtriune.runtime.failure import note_from_error
 from vtriune.transport.codec import Payload, pack
 from vtriune.transport.errors import MessageRefused
-from vtriune.transport.wire import Call, ErrorNote, Limits, WireError
+from vtriune.transport.wire import Call, ErrorNote, Limits, PeerRef, WireError
 
 
 def start_now(
@@ -45,13 +45,15 @@ def refusal(text: str) -> ErrorNote:
     return note_from_error(MessageRefused(text))
 
 
-def unpack(signature: Signature, call: Call, frames: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a call. Raises MessageRefused naming the parameter that does not fit."""
+def unpack(
+    signature: Signature, call: Call, frames: Sequence[Any], sender: PeerRef
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call. Raises MessageRefused naming the sender and the field that does not fit."""
     try:
         schema = signature.arguments(call.num_positional, call.names)
         values = schema.unpack(call.args, frames, call.blobs)
     except (WireError, TypeError) as error:
-        raise MessageRefused(str(error)) from None
+        raise MessageRefused(f"{signature.label}, sent by {sender}: {error}") from None
     if not call.names:
         return values, {}
     split = call.num_positional

@@ -8,6 +8,7 @@ returns its credit.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -35,6 +36,8 @@ from vtriune.transport.wire import (
     Reply,
     Welcome,
 )
+
+logger = logging.getLogger("vtriune.runtime")
 
 _DONE_BATCH = 64
 _REFUSALS = (
@@ -75,7 +78,7 @@ class ServerSecurity(Protocol):
 class Session:
     """One peer's link into this inbox; it outlives a dropped connection."""
 
-    __slots__ = ("_done_ids", "_inbox", "identity", "last_id", "link", "num_unfinished", "peer")
+    __slots__ = ("_done_ids", "_inbox", "identity", "last_id", "link", "num_refused", "num_unfinished", "peer")
 
     def __init__(self, inbox: Inbox, identity: bytes, peer: PeerRef, link: int) -> None:
         self._inbox = inbox
@@ -84,6 +87,7 @@ class Session:
         self.link = link
         self.last_id = 0
         self.num_unfinished = 0
+        self.num_refused = 0
         self._done_ids: list[int] = []
 
     def reply(self, call_id: int, payload: Payload) -> None:
@@ -222,8 +226,13 @@ class Inbox:
         self.send(session, wire.encode(welcome), (), num_answered=0)
 
     def _refuse(self, identity: bytes, session: Session | None, reason: str) -> None:
-        """Strangers are counted and told nothing they could use; a known peer keeps its session."""
+        """Strangers are counted and told nothing they could use; a known peer keeps its session, and the log names it
+        once: garbage in numbers must not fill a disk."""
         self.num_refused += 1
+        if session is not None:
+            session.num_refused += 1
+            if session.num_refused == 1:
+                logger.warning("refused a message from %s: %s; more of its kind are counted only", session.peer, reason)
         if session is None:
             with contextlib.suppress(zmq.ZMQError):
                 send(self.socket, (identity, wire.encode(Refused(reason))))
