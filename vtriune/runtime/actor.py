@@ -6,6 +6,7 @@ references to other actors (annotated with the actor's class, or with any class 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -58,14 +59,11 @@ class Endpoint(Generic[P, R]):
         self.is_async = inspect.iscoroutinefunction(method)
         self.name = method.__name__
         self.__doc__ = method.__doc__
-        self._signature: Signature | None = None
 
-    @property
+    @functools.cached_property
     def signature(self) -> Signature:
         """The wire schema, resolved on first use."""
-        if self._signature is None:
-            self._signature = Signature(self.method)
-        return self._signature
+        return Signature(self.method)
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name

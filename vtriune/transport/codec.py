@@ -25,6 +25,8 @@ INLINE_BYTES = 8192
 _MAX_DIMENSIONS = 32
 # Annotations that are no classes, as the class of their values.
 _PLAIN: dict[Any, Any] = {None: type(None)}
+# Values of these classes never bring frames.
+_FRAMELESS = frozenset((int, float, bool, str, type(None)))
 _BLOB_TYPES = (bytes, bytearray, memoryview)
 # msgspec describes a struct on first use, and other threads see the description before it is complete: a decoder they
 # build then crashes on its first message. So decoders are built by one thread at a time; those that exist may be used
@@ -32,11 +34,11 @@ _BLOB_TYPES = (bytes, bytearray, memoryview)
 _building = threading.RLock()
 
 
-class Payload(NamedTuple):
+class Payload(msgspec.Struct, gc=False):
     """An encoded argument list or result: a msgpack array, the frames beside it, and which items are whole frames."""
 
     body: bytes
-    frames: list[Buffer]
+    frames: Sequence[Buffer]
     blobs: tuple[int, ...]
     num_bytes: int
 
@@ -188,12 +190,24 @@ class Schema:
             self._decode = msgspec.msgpack.Decoder(self.type, dec_hook=_decode_hook).decode
         self._is_open = _is_open(self.type)
         self._plain = tuple(_PLAIN.get(each, each) for each in types)
+        self._is_frameless = _FRAMELESS.issuperset(self._plain)
+
+    def pack(self, values: Sequence[Any]) -> Payload:
+        """Check and encode.
+
+        Raises:
+            TypeError: an item does not fit; the text names it.
+        """
+        if tuple(map(type, values)) != self._plain:
+            self.check(values)
+        elif self._is_frameless:
+            body = _encode(values)
+            return Payload(body, (), (), len(body))
+        return pack(values)
 
     def check(self, values: Sequence[Any]) -> None:
         """Raise TypeError naming the item that does not fit. Structs are checked by class, not field by field: the
         receiver checks those as it reads them."""
-        if tuple(map(type, values)) == self._plain:
-            return
         try:
             msgspec.convert(values, self.type, dec_hook=_decode_hook)
         except (msgspec.ValidationError, ValueError) as error:

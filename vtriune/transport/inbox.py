@@ -19,7 +19,7 @@ import zmq
 from vtriune.transport import wire
 from vtriune.transport.codec import Payload
 from vtriune.transport.connection import HEARTBEAT_S, SILENCE_S, Monitor
-from vtriune.transport.frames import has_input, receive, send
+from vtriune.transport.frames import NOBLOCK, NOBLOCK_MORE, has_input, receive, send, send_part
 from vtriune.transport.reactor import Reactor
 from vtriune.transport.wire import (
     Back,
@@ -158,9 +158,9 @@ class Inbox:
         self._reactor.register(self)
         return self.address
 
-    def read_one(self) -> bool:
+    def read_one(self, is_likely: bool) -> bool:
         """Handle one message; without one, send what is owed for finished one-way calls."""
-        parts = receive(self.socket, 2, self._limits.frames)
+        parts = receive(self.socket, 2, self._limits.frames, is_likely)
         if parts is None:
             if self._undone:
                 self._flush_done()
@@ -174,9 +174,9 @@ class Inbox:
         try:
             if len(parts) < 2 or len(parts[1]) > self._limits.header_bytes:
                 raise wire.WireError("no header, or one over the limit")
-            message = wire.decode(parts[1])
-        except wire.WireError as error:
-            self._refuse(identity, session, str(error))
+            message = wire.read(parts[1])
+        except (wire.WireError, *wire.MALFORMED) as error:
+            self._refuse(identity, session, f"not a message of protocol {wire.PROTOCOL}: {error}")
             return
         if type(message) is Call and session is not None:
             self._accept(session, message, parts)
@@ -244,11 +244,16 @@ class Inbox:
             if self.socket.closed:
                 return
             try:
-                send(self.socket, (session.identity, header), frames)
+                if frames:
+                    send(self.socket, (session.identity, header), frames)
+                else:
+                    send_part(self.socket, session.identity, NOBLOCK_MORE)
+                    send_part(self.socket, header, NOBLOCK)
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-            self._reactor.check_after_send(self, has_input, is_likely=session.num_unfinished > 0)
+            if self._reactor.rereading is not self:
+                self._reactor.check_after_send(self, has_input, is_likely=session.num_unfinished > 0)
 
     def done_soon(self, session: Session, call_id: int) -> None:
         """Tell the peer, with the next batch, that a one-way call has finished."""
