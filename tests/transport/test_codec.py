@@ -122,8 +122,10 @@ def test_a_misfit_is_named_by_argument_and_field() -> None:
 
 
 ARRAY_WIRES = st.tuples(
-    st.one_of(st.sampled_from(["<f4", "<i4", "|u1", "|O", "<U3", "|V8", "<M8[s]"]), st.text(max_size=8)),
-    st.lists(st.integers(-3, 2**62), max_size=5),
+    st.one_of(
+        st.sampled_from(["<f4", "<i4", "|u1", "|O", "<U3", "|V8", "<M8[s]", "<08", "f4,(2**9)i4"]), st.text(max_size=8)
+    ),
+    st.lists(st.integers(-3, 2**64 - 1), max_size=5),
     st.one_of(st.integers(-2, 3), st.binary(max_size=64)),
 )
 
@@ -137,6 +139,12 @@ def test_a_forged_array_is_refused_or_fits_its_bytes(described: object, frame: b
     except WireError:
         return
     assert array.nbytes <= 64
+
+
+@pytest.mark.parametrize("name", ["<08", "f4,i4", "(2,)f4", "<f4\n", "float32", "<O8", "", "<M8[" + "9" * 40 + "s]"])
+def test_a_dtype_in_another_language_than_ours_is_refused(name: str) -> None:
+    with pytest.raises(WireError, match="unknown array dtype"):
+        Schema(("a",), (np.ndarray,)).unpack(msgspec.msgpack.encode([[name, [1], b"1234"]]), (), ())
 
 
 @settings(max_examples=300, deadline=None)

@@ -10,6 +10,7 @@ No class is ever named by the sender: the receiver's annotations decide what is 
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 INLINE_BYTES = 8192
 _MAX_DIMENSIONS = 32
+_MAX_SIZE = 1 << 48
+# What `dtype.str` gives for the kinds that travel. Nothing else reaches NumPy, which parses a language of its own.
+_DTYPE_NAME = re.compile(r"[<>|][biufcSUMm][0-9]{1,9}(\[[0-9]{0,9}[A-Za-z]{1,2}\])?")
 # Annotations that are no classes, as the class of their values.
 _PLAIN: dict[Any, Any] = {None: type(None)}
 # Values of these classes never bring frames.
@@ -110,10 +114,12 @@ def _array_from_wire(wire: Any, annotation: Any) -> Any:
     else:
         dtype_name, shape, source = msgspec.convert(wire, _ArrayWire)
         try:
-            dtype = np.dtype(dtype_name)
+            dtype = np.dtype(dtype_name) if _DTYPE_NAME.fullmatch(dtype_name) else None
         except TypeError:
-            raise ValueError(f"unknown array dtype {dtype_name[:32]!r}") from None
-        if dtype.kind not in "biufcSUMm" or len(shape) > _MAX_DIMENSIONS or any(size < 0 for size in shape):
+            dtype = None
+        if dtype is None:
+            raise ValueError(f"unknown array dtype {dtype_name[:32]!r}")
+        if len(shape) > _MAX_DIMENSIONS or any(not 0 <= size <= _MAX_SIZE for size in shape):
             raise ValueError(f"no array of dtype {dtype_name[:32]!r} and shape {shape[:8]} is accepted")
         if isinstance(source, int) and not 0 <= source < len(_frames.incoming):
             raise ValueError(f"array names frame {source}, the message has {len(_frames.incoming)}")
