@@ -70,7 +70,7 @@ class Future(Generic[R]):
             TimeoutError: not there in time.
             RuntimeError: called in asyncio code, where it would stop the loop.
         """
-        if not self.is_done and not self._reactor.wait(self, timeout):
+        if not self.is_done and not self._reactor.wait(self, timeout, self._is_near()):
             raise TimeoutError(f"no answer within {timeout} s from {self._whom()}")
         return self._take()
 
@@ -120,6 +120,10 @@ class Future(Generic[R]):
 
     def _abandon(self) -> None:
         """Tell the callee; nothing to tell here."""
+
+    def _is_near(self) -> bool:
+        """Whether the value may be one round trip away."""
+        return False
 
     def _whom(self) -> str:
         return "the mesh"
@@ -183,6 +187,9 @@ class CallFuture(Future[R]):
 
     def _abandon(self) -> None:
         self._link.cancel(self.call_id)
+
+    def _is_near(self) -> bool:
+        return self._link.num_outstanding == 1
 
     def resolve(self, value: msgspec.Raw | None, parts: Sequence[Any], blobs: Sequence[int]) -> None:
         """Outcome of a link: the encoded result, and the parts of its message."""

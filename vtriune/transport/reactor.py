@@ -87,7 +87,7 @@ class Reactor:
         self._loop_thread = 0
         self._loop_due = False
         self._leader = 0
-        # How many of the next waits sleep at once, and how many did last.
+        # How many of the next waits for a near answer sleep at once, and how many did last.
         self._num_asleep = 0
         self._penalty = 1
         self._promoted: set[int] = set()
@@ -267,8 +267,9 @@ class Reactor:
         if self._leader not in (0, threading.get_ident()):
             os.eventfd_write(self._wake_fd, 1)
 
-    def wait(self, awaited: Awaited, timeout_s: float | None) -> bool:
+    def wait(self, awaited: Awaited, timeout_s: float | None, is_near: bool = False) -> bool:
         """Block this thread until `awaited` is done or the timeout, reading the sockets where nobody else does.
+        `is_near`: it may well be one round trip away.
 
         Raises:
             RuntimeError: called on a thread that runs an asyncio loop; blocking would stop the loop.
@@ -291,13 +292,18 @@ class Reactor:
                     continue
                 self._leader = threading.get_ident()
                 poll_s = 0.0 if self._ready else self._poll_s(remaining_s)
-            self._lead(poll_s)
+            self._lead(poll_s, is_near)
 
-    def _lead(self, poll_s: float) -> None:
+    def _lead(self, poll_s: float, is_near: bool) -> None:
         """Read for everybody, once. What is marked ready is looked at first: more often than not that saves a system
         call."""
         try:
-            events = self._await_events(poll_s) if poll_s else ()
+            if is_near and poll_s and not self._num_asleep:
+                events = self._stay_awake(poll_s)
+            else:
+                if is_near and self._num_asleep:
+                    self._num_asleep -= 1
+                events = self._epoll.poll(poll_s, _EVENTS_AT_ONCE) if poll_s else []
             with self.lock:
                 if not self.is_closed:
                     self._take_in(events)
@@ -309,17 +315,14 @@ class Reactor:
         if self._deferred:
             self.run_deferred()
 
-    def _await_events(self, timeout_s: float) -> Sequence[tuple[int, int]]:
-        """What the descriptors say within the timeout.
+    def _stay_awake(self, timeout_s: float) -> list[tuple[int, int]]:
+        """What the descriptors say within the timeout, for an answer that may be near.
 
-        An answer is often nearer than sleep: falling asleep and being woken by another processor costs as much as a
-        whole call. So this stays awake for a few round trips first, giving way to any thread that can run, until it
-        finds that waits are long or that others want the processor; then it sleeps at once, for twice as many waits
-        each time.
+        Falling asleep and being woken by another processor costs as much as a whole call. So this stays awake for a
+        few round trips first, giving way to any thread that can run, until it finds the answer far or that others want
+        the processor; then it sleeps, and so do, at once, twice as many of the next waits each time. Not for streams
+        of messages: there it would take from those that carry them.
         """
-        if self._num_asleep:
-            self._num_asleep -= 1
-            return self._epoll.poll(timeout_s, _EVENTS_AT_ONCE)
         start = before = time.monotonic()
         while not (events := self._epoll.poll(0, _EVENTS_AT_ONCE)):
             os.sched_yield()
