@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import typing
+
 import msgspec
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import fuzz_wire
-from vtriune.transport import codec
+from vtriune.transport import codec, wire
 
 
 @settings(max_examples=500, deadline=None)
@@ -45,3 +47,12 @@ def test_well_formed_messages_of_the_wrong_shape_raise_nothing_but_wire_errors(v
     except OverflowError:
         return
     fuzz_wire.one_input(b"\xff\x00" + body)
+
+
+def test_the_seeds_are_messages_and_payloads_that_decode() -> None:
+    *messages, payload = fuzz_wire.seeds()
+    assert {type(wire.decode(message)) for message in messages} == set(typing.get_args(wire.Message))
+    one, leaves, data = fuzz_wire.SCHEMAS[0].unpack(payload[2:], [bytes(codec.INLINE_BYTES), bytes(32_000)], (2,))
+    assert (one, len(leaves), len(data)) == (1, 2, codec.INLINE_BYTES)
+    for seed in (*messages, payload):
+        fuzz_wire.one_input(seed)

@@ -5,14 +5,26 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from vtriune.runtime import Actor, ActorMesh, MeshFailure, context, current_rank, endpoint, this_host
+from vtriune.runtime import (
+    Actor,
+    ActorMesh,
+    MeshFailure,
+    context,
+    current_actor_name,
+    current_rank,
+    current_size,
+    endpoint,
+    this_host,
+)
 
 
 class Group(msgspec.Struct):
@@ -188,3 +200,58 @@ class Meter(Actor):
     @endpoint
     async def cpu_s(self) -> float:
         return time.process_time()
+
+
+class Glutton(Actor):
+    """Takes memory until the kernel objects."""
+
+    @endpoint
+    async def eat(self, num_bytes: int) -> int:
+        return len(b"x" * num_bytes)
+
+    @endpoint
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+class Tidy(Actor):
+    """Writes down that it was cleaned up, and with which error; then fails if told to."""
+
+    def __init__(self, path: str, fails: bool = False) -> None:
+        self.path = Path(path)
+        self.fails = fails
+
+    @endpoint
+    async def ping(self) -> int:
+        return 1
+
+    async def __cleanup__(self, error: Exception | None) -> None:
+        await asyncio.sleep(0)
+        self.path.write_text(f"cleaned up, error {error}")
+        if self.fails:
+            raise OSError("the drain is blocked")
+
+
+class TidyAtOnce(Actor):
+    """The same in a plain method."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def __cleanup__(self, error: Exception | None) -> None:
+        self.path.write_text(f"cleaned up, error {error}")
+
+
+class Namer(Actor):
+    """Says where it stands."""
+
+    @endpoint
+    async def place(self) -> tuple[int, dict[str, int], dict[str, int], str]:
+        return current_rank().rank, dict(current_rank()), current_size(), current_actor_name()
+
+
+class Hasty(Actor):
+    """Makes its process change threads as often as Python can."""
+
+    def __init__(self) -> None:
+        sys.setswitchinterval(1e-6)

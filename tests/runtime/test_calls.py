@@ -131,7 +131,8 @@ def test_a_misfit_is_refused_at_the_sender_by_name(echo: Echo) -> None:
 def test_a_misfit_inside_a_struct_is_refused_by_the_receiver_and_the_connection_survives(echo: Echo) -> None:
     one = echo.slice(procs=0)
     wrong_field = Group(5, [], np.zeros(2, np.float32))  # type: ignore[arg-type]
-    with pytest.raises(MessageRefused, match=r"echo\.mirror at calls rank 0 .*group\.name: Expected `str`, got `int`"):
+    named = r"echo\.mirror at calls rank 0 .*sent by root rank 0 .*pid \d+\): group\.name: Expected `str`, got `int`"
+    with pytest.raises(MessageRefused, match=named):
         one.mirror.call_one(wrong_field).get(timeout=WAIT_S)
     wrong_dtype = Group("g", [], np.zeros(2, np.float64))
     with pytest.raises(MessageRefused, match="expected an array of float32, got float64"):

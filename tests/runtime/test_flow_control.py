@@ -6,16 +6,23 @@ Each test is a run of its own with small limits.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import zmq
 
 from tests.runtime.actors import Echo
 from vtriune import runtime
 from vtriune.runtime import BacklogFull, DeadlineExceeded, Limits, MessageRefused, ProcMesh
 from vtriune.runtime.node import this_node
+from vtriune.transport import wire
+from vtriune.transport.wire import Call, Fault, Hello, PeerRef, Reply, Welcome
 
 WAIT_S = 30.0
 LIMITS = Limits(frame_bytes=1 << 20, frames=8, credit_messages=16, credit_bytes=1 << 20, backlog_messages=50)
@@ -106,6 +113,45 @@ def test_messages_over_a_limit_are_refused_by_name_and_the_connection_lives(proc
     with pytest.raises(runtime.ActorError, match=r"a result of \d+ bytes exceeds"):
         echo.inflate.call_one(LIMITS.frame_bytes + 1).get(timeout=WAIT_S)
     assert echo.ping.call_one(4).get(timeout=WAIT_S) == 4
+
+
+def test_a_peer_that_ignores_limits_and_credit_is_refused_by_name_and_its_connection_lives(procs: ProcMesh) -> None:
+    echo: Any = procs.spawn("echo", Echo)
+    echo.ping.call_one(0).get(timeout=WAIT_S)
+    context = zmq.Context()
+    rude = context.socket(zmq.DEALER)
+    rude.linger, rude.rcvtimeo = 0, int(WAIT_S * 1000)
+    rude.connect(procs.peers[0].address)
+    rude.send(wire.encode(Hello(wire.PROTOCOL, PeerRef("rude", "ipc://x", "rude", 0, "here", 1), 1)))
+    assert isinstance(wire.decode(rude.recv()), Welcome)
+    ids = itertools.count(1)
+
+    def send(endpoint: str, argument: object, *frames: bytes) -> None:
+        body = msgspec.Raw(msgspec.msgpack.encode([argument]))
+        rude.send_multipart([wire.encode(Call(next(ids), echo._actor_id, endpoint, body, 1)), *frames])
+
+    def answer() -> wire.Message:
+        return wire.decode(rude.recv())
+
+    send("ping", 1, *[b"x"] * (LIMITS.frames + 1))
+    assert "ping: more than 8 frames" in fault_text(answer())
+    rude.send(b"\xff not msgpack")
+    for _ in range(LIMITS.credit_messages + 1):
+        send("nap", 0.3)
+    assert "nap: 16 calls are unfinished" in fault_text(answer())
+    assert [type(answer()) for _ in range(LIMITS.credit_messages)] == [Reply] * LIMITS.credit_messages
+    send("ping", "one")
+    assert re.search(r"ping, sent by rude rank 0 \(host here, pid 1\): x: Expected `int`", fault_text(answer()))
+    send("ping", 5)
+    assert isinstance(answer(), Reply)
+    rude.send(bytes(LIMITS.frame_bytes + 1))
+    assert echo.ping.call_one(4).get(timeout=WAIT_S) == 4
+    context.destroy(linger=0)
+
+
+def fault_text(message: wire.Message) -> str:
+    assert isinstance(message, Fault), message
+    return message.error.text
 
 
 def test_a_cancelled_await_cancels_the_callee(procs: ProcMesh) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +70,15 @@ def test_arrays_are_sent_without_a_copy() -> None:
     assert memoryview(payload.frames[0])[0] == 7
 
 
+def test_received_arrays_are_read_only_views_of_their_frames() -> None:
+    payload = pack((np.arange(INLINE_BYTES, dtype=np.int32),))
+    frame = bytes(payload.frames[0])
+    (received,) = Schema(("a",), (np.ndarray,)).unpack(payload.body, [frame], ())
+    assert np.shares_memory(received, np.frombuffer(frame, np.uint8))
+    with pytest.raises(ValueError, match="read-only"):
+        received[0] = 7
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     size=st.integers(0, 3 * INLINE_BYTES),
@@ -109,8 +122,10 @@ def test_a_misfit_is_named_by_argument_and_field() -> None:
 
 
 ARRAY_WIRES = st.tuples(
-    st.one_of(st.sampled_from(["<f4", "<i4", "|u1", "|O", "<U3", "|V8", "<M8[s]"]), st.text(max_size=8)),
-    st.lists(st.integers(-3, 2**62), max_size=5),
+    st.one_of(
+        st.sampled_from(["<f4", "<i4", "|u1", "|O", "<U3", "|V8", "<M8[s]", "<08", "f4,(2**9)i4"]), st.text(max_size=8)
+    ),
+    st.lists(st.integers(-3, 2**64 - 1), max_size=5),
     st.one_of(st.integers(-2, 3), st.binary(max_size=64)),
 )
 
@@ -124,6 +139,12 @@ def test_a_forged_array_is_refused_or_fits_its_bytes(described: object, frame: b
     except WireError:
         return
     assert array.nbytes <= 64
+
+
+@pytest.mark.parametrize("name", ["<08", "f4,i4", "(2,)f4", "<f4\n", "float32", "<O8", "", "<M8[" + "9" * 40 + "s]"])
+def test_a_dtype_in_another_language_than_ours_is_refused(name: str) -> None:
+    with pytest.raises(WireError, match="unknown array dtype"):
+        Schema(("a",), (np.ndarray,)).unpack(msgspec.msgpack.encode([[name, [1], b"1234"]]), (), ())
 
 
 @settings(max_examples=300, deadline=None)
@@ -141,3 +162,11 @@ def test_nesting_is_bounded() -> None:
         with pytest.raises(WireError, match="nested"):
             codec.UNTYPED_RESULT.unpack(b"\x91" * (depth + 1) + b"\xc0", (), ())
     assert codec.UNTYPED_RESULT.unpack(b"\x91" * (wire.MAX_NESTING + 1) + b"\xc0", (), ())
+
+
+def test_schemas_of_the_same_classes_may_be_built_and_used_by_many_threads_at_once() -> None:
+    root = Path(__file__).parents[2]
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.transport.schema_hammer"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert (process.returncode, process.stdout) == (0, "80 trees read\n"), process.stderr

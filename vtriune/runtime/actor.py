@@ -6,6 +6,7 @@ references to other actors (annotated with the actor's class, or with any class 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -58,14 +59,11 @@ class Endpoint(Generic[P, R]):
         self.is_async = inspect.iscoroutinefunction(method)
         self.name = method.__name__
         self.__doc__ = method.__doc__
-        self._signature: Signature | None = None
 
-    @property
+    @functools.cached_property
     def signature(self) -> Signature:
         """The wire schema, resolved on first use."""
-        if self._signature is None:
-            self._signature = Signature(self.method)
-        return self._signature
+        return Signature(self.method)
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -180,6 +178,7 @@ class Actor:
         def split(self, **parts: typing.Sequence[str] | int) -> Self: ...
         def stop(self, reason: str = "") -> Future[None]: ...
         def __len__(self) -> int: ...
+        def __iter__(self) -> typing.Iterator[Self]: ...
 
 
 class Signature:
@@ -215,6 +214,12 @@ class Signature:
             if len(self._by_shape) < _MAX_SHAPES:
                 self._by_shape[num_positional, names] = schema
         return schema
+
+    def build(self) -> None:
+        """Build the schema of the call that gives every argument, in its shortest form: the rest, on first use, then
+        find their types known."""
+        keyword_only = tuple(name for name in self._parameters if name in self._keyword_only)
+        self.arguments(len(self._parameters) - len(keyword_only), keyword_only)
 
     def _bind(self, num_positional: int, names: tuple[str, ...]) -> Schema:
         positional = [name for name in self._parameters if name not in self._keyword_only]

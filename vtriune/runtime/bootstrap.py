@@ -65,6 +65,11 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     note: FailureNote
 
 
+# Built here and not in the threads that read: msgspec's decoders must be built by one thread at a time.
+decode_bootstrap = msgspec.msgpack.Decoder(Bootstrap).decode
+decode_news = msgspec.msgpack.Decoder(Ready | Report).decode
+
+
 def send(control: socket.socket, message: msgspec.Struct) -> None:
     """Write one message. Raises OSError when the other side is gone."""
     body = msgspec.msgpack.encode(message)

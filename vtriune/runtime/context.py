@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from vtriune.runtime.hosting import ActorHost
 
 _host: ContextVar[ActorHost | None] = ContextVar("vtriune_actor", default=None)
-_deadline: ContextVar[float | None] = ContextVar("vtriune_deadline", default=None)
+# When the running call's deadline passes, on the monotonic clock.
+call_end: ContextVar[float | None] = ContextVar("vtriune_call_end", default=None)
 
 
 def enter(host: ActorHost, deadline_s: float | None) -> None:
     """Mark the current context as running in `host`, in a call with this much time."""
     _host.set(host)
-    _deadline.set(None if deadline_s is None else time.monotonic() + deadline_s)
+    call_end.set(None if deadline_s is None else time.monotonic() + deadline_s)
 
 
 def current_host() -> ActorHost | None:
@@ -28,8 +29,8 @@ def current_host() -> ActorHost | None:
 
 def time_left_s() -> float | None:
     """Seconds until the running call's deadline; None without one."""
-    deadline = _deadline.get()
-    return None if deadline is None else deadline - time.monotonic()
+    end = call_end.get()
+    return None if end is None else end - time.monotonic()
 
 
 def current_rank() -> Point:

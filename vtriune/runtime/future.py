@@ -24,6 +24,19 @@ R = TypeVar("R")
 logger = logging.getLogger("vtriune.runtime")
 
 
+class _Unseen:
+    """Says so when an error goes that nobody has looked at. Apart from the future, since finalizers cost every call."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error: BaseException | None = error
+
+    def __del__(self) -> None:
+        if self.error is not None:
+            logger.error("a call failed and nobody looked at its future: %s", self.error)
+
+
 class Future(Generic[R]):
     """A value to come.
 
@@ -32,10 +45,11 @@ class Future(Generic[R]):
     """
 
     # The state of a future nobody waits for yet; most are settled without needing more of their own.
-    _is_done = False
+    is_done = False
     _error: BaseException | None = None
     _value: Any = None
-    _is_retrieved = False
+    _is_seen = False
+    _unseen: _Unseen | None = None
     _waiters: tuple[asyncio.Future[None], ...] = ()
     _callbacks: tuple[Callable[[Future[Any]], None], ...] = ()
 
@@ -44,7 +58,7 @@ class Future(Generic[R]):
 
     def done(self) -> bool:
         """Whether a value or an error is there."""
-        return self._is_done
+        return self.is_done
 
     def get(self, timeout: float | None = None) -> R:
         """Block until the value is there.
@@ -56,7 +70,7 @@ class Future(Generic[R]):
             TimeoutError: not there in time.
             RuntimeError: called in asyncio code, where it would stop the loop.
         """
-        if not self._is_done and not self._reactor.wait(self.done, timeout):
+        if not self.is_done and not self._reactor.wait(self, timeout, self._is_near()):
             raise TimeoutError(f"no answer within {timeout} s from {self._whom()}")
         return self._take()
 
@@ -82,7 +96,7 @@ class Future(Generic[R]):
             self.get(timeout)
         except Exception as error:
             # Whatever the call ended in is what was asked for; a timeout of our own is not an outcome.
-            if not self._is_done:
+            if not self.is_done:
                 raise
             return error
         return None
@@ -90,16 +104,16 @@ class Future(Generic[R]):
     def cancel(self) -> None:
         """Stop waiting and tell the callee to stop working on it. Harmless once done."""
         with self._reactor.lock:
-            if self._is_done:
+            if self.is_done:
                 return
             self._abandon()
+            self.mark_seen()
             self._settle(error=asyncio.CancelledError("cancelled by the caller"))
-            self._is_retrieved = True
 
     def add_done_callback(self, callback: Callable[[Future[R]], None]) -> None:
         """Have `callback(self)` called once done: at once, or by the thread that reads the sockets; it must not block."""
         with self._reactor.lock:
-            if not self._is_done:
+            if not self.is_done:
                 self._callbacks = (*self._callbacks, callback)
                 return
         callback(self)
@@ -107,12 +121,22 @@ class Future(Generic[R]):
     def _abandon(self) -> None:
         """Tell the callee; nothing to tell here."""
 
+    def _is_near(self) -> bool:
+        """Whether the value may be one round trip away."""
+        return False
+
     def _whom(self) -> str:
         return "the mesh"
 
+    def mark_seen(self) -> None:
+        """An error of this future is, or will be, known to somebody: it need not be logged."""
+        self._is_seen = True
+        if self._unseen is not None:
+            self._unseen.error = None
+
     def _take(self) -> R:
-        self._is_retrieved = True
         if self._error is not None:
+            self.mark_seen()
             raise self._error
         value: R = self._value
         return value
@@ -120,10 +144,12 @@ class Future(Generic[R]):
     def _settle(self, value: Any = None, error: BaseException | None = None) -> None:
         """Set the outcome; only the first counts."""
         with self._reactor.lock:
-            if self._is_done:
+            if self.is_done:
                 return
             self._value, self._error = value, error
-            self._is_done = True
+            if error is not None and not self._is_seen:
+                self._unseen = _Unseen(error)
+            self.is_done = True
             self._reactor.notify()
             if not self._waiters and not self._callbacks:
                 return
@@ -139,10 +165,6 @@ class Future(Generic[R]):
         for callback in callbacks:
             callback(self)
 
-    def __del__(self) -> None:
-        if self._error is not None and not self._is_retrieved:
-            logger.error("a call failed and nobody looked at its future: %s", self._error)
-
 
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
@@ -153,28 +175,32 @@ class CallFuture(Future[R]):
     """The value of one call to one rank."""
 
     _raw: tuple[msgspec.Raw, Sequence[Any], Sequence[int]] | None = None
-    _link: Link | None = None
-    _call_id = 0
+    # The call's number on its link, by which it is cancelled; 0 until it has been submitted.
+    call_id = 0
 
-    def __init__(self, reactor: Reactor, endpoint: str, peer: PeerRef, schema: Schema) -> None:
+    def __init__(self, reactor: Reactor, endpoint: str, peer: PeerRef, schema: Schema, link: Link) -> None:
         self._reactor = reactor
         self._endpoint = endpoint
         self._peer = peer
         self._schema = schema
-
-    def bind(self, link: Link, call_id: int) -> None:
-        """Which call this is, so that it can be cancelled."""
         self._link = link
-        self._call_id = call_id
 
     def _abandon(self) -> None:
-        if self._link is not None:
-            self._link.cancel(self._call_id)
+        self._link.cancel(self.call_id)
 
-    def resolve(self, value: msgspec.Raw | None, frames: Sequence[Any], blobs: Sequence[int]) -> None:
-        """Outcome of a link: the encoded result."""
-        self._raw = None if value is None else (value, frames, blobs)
-        self._settle()
+    def _is_near(self) -> bool:
+        return self._link.num_outstanding == 1
+
+    def resolve(self, value: msgspec.Raw | None, parts: Sequence[Any], blobs: Sequence[int]) -> None:
+        """Outcome of a link: the encoded result, and the parts of its message."""
+        if self.is_done:
+            return
+        self._raw = None if value is None else (value, parts, blobs)
+        if self._waiters or self._callbacks:
+            self._settle()
+        else:
+            self.is_done = True
+            self._reactor.notify()
 
     def fail(self, error: Exception | ErrorNote) -> None:
         """Outcome of a link: an error."""
@@ -187,13 +213,16 @@ class CallFuture(Future[R]):
 
     def _take(self) -> R:
         if self._raw is not None:
-            raw, self._raw = self._raw, None
+            (value, parts, blobs), self._raw = self._raw, None
             try:
-                self._value = self._schema.unpack(*raw)[0]
+                self._value = self._schema.unpack(value, parts[1:], blobs)[0]
             except Exception as error:
                 # A result that does not fit its annotation is this future's error, now and on later takes.
                 self._error = error
-        return super()._take()
+        if self._error is not None:
+            return super()._take()
+        taken: R = self._value
+        return taken
 
 
 class GatherFuture(Future[ValueMesh[R]]):
@@ -217,7 +246,7 @@ class GatherFuture(Future[ValueMesh[R]]):
             self._num_missing -= 1
             is_last = self._num_missing == 0
         if part._error is not None:
-            part._is_retrieved = True
+            part.mark_seen()
             self._settle(error=part._error)
         elif is_last:
             self._settle()

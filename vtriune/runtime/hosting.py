@@ -20,7 +20,7 @@ from vtriune.runtime import context
 from vtriune.runtime.actor import Actor, Endpoint, load_class
 from vtriune.runtime.bootstrap import SpawnRequest
 from vtriune.runtime.failure import note_from_error
-from vtriune.runtime.invocation import construct, pack_result, refusal, start_now, unpack
+from vtriune.runtime.invocation import construct, endpoints_of, pack_result, prepare, refusal, start_now, unpack
 from vtriune.runtime.node import SYSTEM, Node
 from vtriune.runtime.shape import Extent, Point
 from vtriune.runtime.stacks import own_stacks
@@ -36,6 +36,9 @@ SPAWN = Schema(("request",), (SpawnRequest,))
 STOP = Schema(("actor_id",), (str,))
 
 _EXPECT_S = 5.0
+# Actors of one process are imported and their schemas built one at a time, for msgspec's sake (see codec). The loop
+# never takes it: an import may be long.
+_preparing = threading.Lock()
 
 _Early = tuple[Session, Call, Sequence[Any]]
 
@@ -54,8 +57,9 @@ class ActorHost:
         self._context = contextvars.Context()
         self._context.run(context.enter, self, None)
         self._limits = hosting.node.limits
+        self._defer = hosting.node.reactor.defer
         self._actor: Actor | None = None
-        self._class: type[Actor] | None = None
+        self._endpoints: dict[str, Endpoint[..., Any]] = {}
         self._error: ErrorNote | None = None
         self._early: list[_Early] | None = []
         self._running: dict[tuple[Session, int], asyncio.Task[None] | _SyncCall] = {}
@@ -76,7 +80,9 @@ class ActorHost:
             context.enter(self, None)
             actor, error = None, None
             try:
-                cls = load_class(request.class_path)
+                with _preparing:
+                    cls = load_class(request.class_path)
+                    prepare(cls)
                 actor = construct(cls, request)
             except Exception as failure:
                 # A constructor may raise anything; it goes to whoever spawned the actor.
@@ -89,7 +95,7 @@ class ActorHost:
         self, actor: Actor | None, error: ErrorNote | None, on_done: Callable[[ErrorNote | None], None]
     ) -> None:
         self._actor, self._error = actor, error
-        self._class = type(actor) if actor is not None else None
+        self._endpoints = {} if actor is None else endpoints_of(type(actor))
         early, self._early = self._early or [], None
         on_done(error)
         for item in early:
@@ -100,16 +106,15 @@ class ActorHost:
 
     def accept(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
         """Start a call, in order of arrival. Runs on the loop's thread."""
+        declared = self._endpoints.get(call.endpoint)
         if self._early is not None:
             self._early.append((session, call, frames))
-            return
-        declared = getattr(self._class, call.endpoint, None)
-        if self._error is not None:
+        elif self._error is not None:
             self._end(session, call, self._error)
-        elif not isinstance(declared, Endpoint):
+        elif declared is None:
             self._end(session, call, refusal(f"{self.class_path} has no endpoint {call.endpoint!r}"))
         elif declared.is_async:
-            self._hosting.node.reactor.defer(lambda: self._start_async(session, call, frames, declared))
+            self._defer(functools.partial(self._start_async, session, call, frames, declared))
         else:
             item = _SyncCall()
             self._running[session, call.id] = item
@@ -117,7 +122,8 @@ class ActorHost:
 
     def _start_async(self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any]) -> None:
         """Run the endpoint at once up to its first wait: most never wait, and a turn of the loop costs a message."""
-        task = start_now(self.loop, self._run_async(session, call, frames, declared), self._context.copy())
+        running = self._run_async(session, call, frames, declared)
+        task = start_now(self.loop, running, self._context.copy(), declared.name)
         if not task.done():
             self._running[session, call.id] = task
 
@@ -125,7 +131,7 @@ class ActorHost:
         self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any]
     ) -> None:
         try:
-            args, kwargs = unpack(declared.signature, call, frames)
+            args, kwargs = unpack(declared.signature, call, frames, session.peer)
             if call.deadline_s is None:
                 value = await declared.method(self._actor, *args, **kwargs)
             else:
@@ -156,7 +162,7 @@ class ActorHost:
             return
         context.enter(self, call.deadline_s)
         try:
-            args, kwargs = unpack(declared.signature, call, frames)
+            args, kwargs = unpack(declared.signature, call, frames, session.peer)
             answer = pack_result(declared, declared.method(self._actor, *args, **kwargs), call, self._limits)
         except Exception as error:
             # Whatever an endpoint raises is its caller's to see.
@@ -165,7 +171,8 @@ class ActorHost:
             self._end(session, call, answer)
 
     def _end(self, session: Session, call: Call, answer: Payload | ErrorNote) -> None:
-        self._running.pop((session, call.id), None)
+        if self._running:
+            self._running.pop((session, call.id), None)
         if call.oneway:
             session.done(call.id)
             if isinstance(answer, ErrorNote):

@@ -16,11 +16,11 @@ from vtriune.runtime.bootstrap import SpawnRequest
 from vtriune.runtime.failure import note_from_error
 from vtriune.transport.codec import Payload, pack
 from vtriune.transport.errors import MessageRefused
-from vtriune.transport.wire import Call, ErrorNote, Limits, WireError
+from vtriune.transport.wire import PLAIN_BYTES, Call, ErrorNote, Limits, PeerRef, WireError
 
 
 def start_now(
-    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None], context: contextvars.Context
+    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None], context: contextvars.Context, name: str
 ) -> asyncio.Task[None]:
     """A task, running in `context`, whose first step has run when this returns. Call on the loop's thread, outside any task.
 
@@ -28,12 +28,12 @@ def start_now(
     there and run in place.
     """
     if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=loop, context=context, eager_start=True)
+        return asyncio.Task(coroutine, loop=loop, context=context, name=name, eager_start=True)
     steps: list[Callable[[], None]] = []
     patched: Any = loop
     patched.call_soon = lambda step, *, context: steps.append(step)
     try:
-        task = asyncio.Task(coroutine, loop=loop, context=context)
+        task = asyncio.Task(coroutine, loop=loop, context=context, name=name)
     finally:
         del patched.call_soon
     context.run(steps[0])
@@ -45,13 +45,15 @@ def refusal(text: str) -> ErrorNote:
     return note_from_error(MessageRefused(text))
 
 
-def unpack(signature: Signature, call: Call, frames: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a call. Raises MessageRefused naming the parameter that does not fit."""
+def unpack(
+    signature: Signature, call: Call, frames: Sequence[Any], sender: PeerRef
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call. Raises MessageRefused naming the sender and the field that does not fit."""
     try:
         schema = signature.arguments(call.num_positional, call.names)
         values = schema.unpack(call.args, frames, call.blobs)
     except (WireError, TypeError) as error:
-        raise MessageRefused(str(error)) from None
+        raise MessageRefused(f"{signature.label}, sent by {sender}: {error}") from None
     if not call.names:
         return values, {}
     split = call.num_positional
@@ -67,17 +69,35 @@ def pack_result(declared: Endpoint[..., Any], value: Any, call: Call, limits: Li
     """
     if call.oneway:
         return pack(())
-    name = declared.method.__qualname__
+    signature = declared.signature
     try:
-        declared.signature.result.check((value,))
-        payload = pack((value,))
+        payload = signature.result.pack((value,))
     except TypeError as error:
-        raise TypeError(f"{name} returned what its annotation does not allow: {error}") from None
-    try:
-        limits.check(payload)
-    except WireError as error:
-        raise ValueError(f"{name}: a result of {payload.num_bytes} bytes exceeds a limit: {error}") from None
+        raise TypeError(f"{signature.label} returned what its annotation does not allow: {error}") from None
+    if payload.num_bytes > PLAIN_BYTES or payload.frames:
+        try:
+            limits.check(payload)
+        except WireError as error:
+            text = f"{signature.label}: a result of {payload.num_bytes} bytes exceeds a limit: {error}"
+            raise ValueError(text) from None
     return payload
+
+
+def endpoints_of(cls: type[Actor]) -> dict[str, Endpoint[..., Any]]:
+    """The endpoints of a class by name, as inheritance has them."""
+    named = {name: getattr(cls, name, None) for base in cls.__mro__ for name in vars(base)}
+    return {name: value for name, value in named.items() if isinstance(value, Endpoint)}
+
+
+def prepare(cls: type[Actor]) -> None:
+    """Build the schemas of every endpoint, so that no call has to and no constructor of another actor meets msgspec
+    halfway through describing their types.
+
+    Raises:
+        TypeError: an annotation that cannot be resolved or cannot travel.
+    """
+    for declared in endpoints_of(cls).values():
+        declared.signature.build()
 
 
 def construct(cls: type[Actor], request: SpawnRequest) -> Actor:

@@ -21,13 +21,14 @@ import msgspec
 
 from vtriune.runtime import bootstrap as control_channel
 from vtriune.runtime import stacks
-from vtriune.runtime.bootstrap import CONTROL_FD, Bootstrap, Ready, Report
+from vtriune.runtime.bootstrap import CONTROL_FD, Bootstrap, Ready
 from vtriune.runtime.watcher import Watcher
 from vtriune.transport.wire import FailureNote, PeerRef
 
 _TAIL_LINES = 30
 _TAIL_BYTES = 16384
-_OOM_MEMORY_S = 10.0
+# The kernel counts a kill before it happens; freeing what a large process held can take seconds.
+_OOM_WITHIN_S = 10.0
 
 
 class Events(Protocol):
@@ -120,6 +121,7 @@ class LocalProcess:
         self._pid = self._process.pid
         self._control = ours
         self._pidfd = os.pidfd_open(self._pid)
+        self._watcher.memory_kills.watch(self._pid)
         self._watcher.watch(self._pidfd, self._on_pidfd)
         self._watcher.watch(ours.fileno(), self._on_control)
         try:
@@ -137,7 +139,7 @@ class LocalProcess:
         if body is None:
             self._watcher.unwatch(self._control.fileno())
             return
-        message = msgspec.msgpack.decode(body, type=Ready | Report)
+        message = control_channel.decode_news(body)
         if isinstance(message, Ready):
             self.peer = message.peer
             self._events.on_ready(self)
@@ -157,8 +159,9 @@ class LocalProcess:
         elif returncode >= 0:
             note = self._note("exit", exit_code=returncode)
         else:
-            is_oom = -returncode == signal.SIGKILL and self._watcher.saw_oom_kill(_OOM_MEMORY_S)
+            is_oom = -returncode == signal.SIGKILL and self._watcher.memory_kills.has_risen(self._pid, _OOM_WITHIN_S)
             note = self._note("oom" if is_oom else "signal", signal_number=-returncode)
+        self._watcher.memory_kills.forget(self._pid)
         self._end(note)
 
     def _end(self, note: FailureNote) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar, get_args
 
@@ -16,7 +17,7 @@ from vtriune.runtime.shape import Extent, Shaped, ValueMesh
 from vtriune.transport import codec, wire
 from vtriune.transport.errors import MeshFailure, MessageRefused
 from vtriune.transport.link import Link
-from vtriune.transport.wire import PeerRef
+from vtriune.transport.wire import Call, PeerRef
 
 A = TypeVar("A", bound=Actor)
 
@@ -143,13 +144,14 @@ class BoundEndpoint(Endpoint[..., Any]):
         self.deadline_s = deadline_s
         self._label = f"{mesh.name}.{name}"
         self._node: Node = mesh._node
+        self._signature = None if declared is None else declared.signature
         self._result = codec.UNTYPED_RESULT if declared is None else declared.signature.result
 
     def within(self, deadline_s: float) -> BoundEndpoint:
         return BoundEndpoint(self._mesh, self.name, self._declared, deadline_s)
 
     def _pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[codec.Payload, tuple[str, ...]]:
-        """Check and encode the arguments.
+        """Check and encode the arguments; also their names.
 
         Raises:
             TypeError: they do not fit the endpoint.
@@ -158,34 +160,34 @@ class BoundEndpoint(Endpoint[..., Any]):
         names = tuple(kwargs)
         values = (*args, *kwargs.values()) if kwargs else args
         try:
-            if self._declared is not None:
-                self._declared.signature.arguments(len(args), names).check(values)
-            payload = codec.pack(values)
+            pack = codec.pack if self._signature is None else self._signature.arguments(len(args), names).pack
+            payload = pack(values)
         except TypeError as error:
             raise TypeError(f"{self._label}: {error}") from None
-        try:
-            self._node.limits.check(payload)
-        except wire.WireError as error:
-            raise MessageRefused(f"{self._label}: {error}") from None
+        if payload.num_bytes > wire.PLAIN_BYTES or payload.frames:
+            try:
+                self._node.limits.check(payload)
+            except wire.WireError as error:
+                raise MessageRefused(f"{self._label}: {error}") from None
         return payload, names
 
-    def _deadline(self) -> float | None:
+    def _deadline(self, call_end: float) -> float:
         """The endpoint's own deadline or what is left of the running call's, whichever is shorter, in seconds."""
-        left_s = context.time_left_s()
-        if left_s is None or (self.deadline_s is not None and self.deadline_s < left_s):
-            return self.deadline_s
-        return max(0.0, left_s)
+        left_s = max(0.0, call_end - time.monotonic())
+        return left_s if self.deadline_s is None else min(left_s, self.deadline_s)
 
     def _call(
         self, peer: PeerRef, link: Link, packed: tuple[codec.Payload, tuple[str, ...]], num_args: int
     ) -> CallFuture[Any]:
         payload, names = packed
-        future: CallFuture[Any] = CallFuture(self._node.reactor, self._label, peer, self._result)
-        deadline_s = self._deadline()
+        call_end = context.call_end.get()
+        deadline_s = self.deadline_s if call_end is None else self._deadline(call_end)
         if not link.has_room(payload.num_bytes):
             link.wait_for_room(payload.num_bytes, deadline_s)
-        call_id = link.submit(self._mesh._actor_id, self.name, payload, num_args, names, future, False, deadline_s)
-        future.bind(link, call_id)
+        future: CallFuture[Any] = CallFuture(self._node.reactor, self._label, peer, self._result, link)
+        args = msgspec.Raw(payload.body)
+        call = Call(0, self._mesh._actor_id, self.name, args, num_args, names, payload.blobs, False, deadline_s)
+        future.call_id = link.submit(call, payload, future)
         return future
 
     def call_one(self, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -229,7 +231,9 @@ class BoundEndpoint(Endpoint[..., Any]):
             link = self._node.link(peer)
             if not link.has_room(payload.num_bytes):
                 link.wait_for_room(payload.num_bytes)
-            link.submit(self._mesh._actor_id, self.name, payload, len(args), names, sent, True, None)
+            raw = msgspec.Raw(payload.body)
+            call = Call(0, self._mesh._actor_id, self.name, raw, len(args), names, payload.blobs, True)
+            link.submit(call, payload, sent)
         return sent
 
 
@@ -240,7 +244,7 @@ class BroadcastFuture(Future[None]):
         super().__init__(node.reactor)
         self._num_left = num_ranks
 
-    def resolve(self, value: Any, frames: Sequence[Any], blobs: Sequence[int]) -> None:
+    def resolve(self, value: Any, parts: Sequence[Any], blobs: Sequence[int]) -> None:
         """Outcome of a link: handed over."""
         self._num_left -= 1
         if not self._num_left:
@@ -248,5 +252,5 @@ class BroadcastFuture(Future[None]):
 
     def fail(self, error: Exception | Any) -> None:
         """Outcome of a link: the peer is gone, which its owner is told in any case, whether or not anyone awaits this."""
-        self._is_retrieved = True
+        self.mark_seen()
         self._settle(error=error if isinstance(error, MeshFailure) else MessageRefused(str(error)))

@@ -10,8 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,13 @@ class RestartPolicy(msgspec.Struct, frozen=True):
     window_s: float = 3600.0
     backoff_s: float = 1.0
     max_backoff_s: float = 60.0
+
+    def delay_s(self, earlier: Sequence[float], now: float) -> float | None:
+        """Seconds to wait before one more restart, given the times of earlier ones; None when the budget is spent."""
+        num_recent = sum(now - when <= self.window_s for when in earlier)
+        if num_recent >= self.num_restarts:
+            return None
+        return float(min(self.max_backoff_s, self.backoff_s * 2**num_recent))
 
 
 class ProcOptions(msgspec.Struct, frozen=True):
@@ -75,7 +81,7 @@ class ProcGroup:
         self._failure: MeshFailure | None = None
         self._processes: list[WorkerProcess] = []
         self._actors: list[list[SpawnRequest]] = [[] for _ in range(extent.nelements)]
-        self._restarts: deque[float] = deque()
+        self._restarts: list[float] = []
         self._changed = threading.Condition()
         self._launch_note: FailureNote | None = None
         self._is_up = False
@@ -169,14 +175,10 @@ class ProcGroup:
     def _restart_delay_s(self) -> float | None:
         """How long to wait before the next restart; None when there is no policy or its budget is spent."""
         policy, now = self._options.restart, time.monotonic()
-        if policy is None:
-            return None
-        while self._restarts and self._restarts[0] < now - policy.window_s:
-            self._restarts.popleft()
-        if len(self._restarts) >= policy.num_restarts:
-            return None
-        self._restarts.append(now)
-        return float(min(policy.max_backoff_s, policy.backoff_s * 2 ** (len(self._restarts) - 1)))
+        delay_s = None if policy is None else policy.delay_s(self._restarts, now)
+        if policy is not None and delay_s is not None:
+            self._restarts = [*(when for when in self._restarts if now - when <= policy.window_s), now]
+        return delay_s
 
     def _restart(self, old: WorkerProcess) -> None:
         if self._is_stopping:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import msgspec
+
 from vtriune.runtime.actor import Actor, Signature, class_path
 from vtriune.runtime.bootstrap import SpawnRequest
 from vtriune.runtime.future import CallFuture, Future, GatherFuture
@@ -18,7 +20,7 @@ from vtriune.runtime.proc_group import OnFailure, ProcGroup, ProcOptions, Restar
 from vtriune.runtime.shape import Extent, Shaped, ValueMesh
 from vtriune.transport import codec
 from vtriune.transport.errors import MeshFailure
-from vtriune.transport.wire import FailureNote, PeerRef
+from vtriune.transport.wire import Call, FailureNote, PeerRef
 
 A = TypeVar("A", bound=Actor)
 
@@ -135,12 +137,14 @@ class ProcMesh(Shaped[PeerRef]):
         node = self._group.node
         node.reactor.attach_running_loop()
         link = node.link(peer)
-        future: CallFuture[Any] = CallFuture(node.reactor, endpoint, peer, codec.UNTYPED_RESULT)
-        future.bind(link, link.submit(SYSTEM, endpoint, codec.pack(values), len(values), (), future))
+        future: CallFuture[Any] = CallFuture(node.reactor, endpoint, peer, codec.UNTYPED_RESULT, link)
+        payload = codec.pack(values)
+        call = Call(0, SYSTEM, endpoint, msgspec.Raw(payload.body), len(values), (), payload.blobs)
+        future.call_id = link.submit(call, payload, future)
         return future
 
     def _on_spawned(self, name: str, peer: PeerRef, done: Future[Any]) -> None:
-        done._is_retrieved = True
+        done.mark_seen()
         error = done._error
         if error is None or isinstance(error, MeshFailure):
             return
@@ -174,13 +178,11 @@ class ProcMesh(Shaped[PeerRef]):
 
 
 def _pack_constructor(actor_class: type[Actor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> codec.Payload:
-    values = (*args, *kwargs.values())
     if actor_class.__init__ is object.__init__:
-        if values:
+        if args or kwargs:
             raise TypeError(f"{actor_class.__qualname__}() takes no arguments")
-    else:
-        try:
-            Signature(actor_class.__init__).arguments(len(args), tuple(kwargs)).check(values)
-        except TypeError as error:
-            raise TypeError(f"{actor_class.__qualname__}: {error}") from None
-    return codec.pack(values)
+        return codec.pack(())
+    try:
+        return Signature(actor_class.__init__).arguments(len(args), tuple(kwargs)).pack((*args, *kwargs.values()))
+    except TypeError as error:
+        raise TypeError(f"{actor_class.__qualname__}: {error}") from None

@@ -50,6 +50,10 @@ class Extent(Mapping[str, int]):
         raise KeyError(f"no dimension {label!r}; this mesh has {list(self.labels)}")
 
 
+# Of a mesh of one.
+_ONE = Extent((), ())
+
+
 class Point(Mapping[str, int]):
     """One place in an extent: coordinates by name, and `rank`, the row-major index."""
 
@@ -128,6 +132,11 @@ class Shaped(Generic[T]):
 
     def __len__(self) -> int:
         return self._extent.nelements
+
+    def __iter__(self) -> Iterator[Any]:
+        """Meshes of one, in rank order."""
+        for element in self._elements:
+            yield self._with_shape(_ONE, [element])
 
     def slice(self, **selection: int | slice) -> Self:
         """Select along named dimensions: an index removes its dimension, a slice keeps it.

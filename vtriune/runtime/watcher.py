@@ -15,18 +15,17 @@ import selectors
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vtriune.runtime import bootstrap as control_channel
+from vtriune.runtime.memory_kills import MemoryKills
 from vtriune.transport.wire import FailureNote
 
 logger = logging.getLogger("vtriune.runtime")
 
 TICK_S = 0.1
-_OOM_EVERY_S = 0.5
+_SAMPLE_EVERY_S = 1.0
 
 
 class Watcher:
@@ -44,7 +43,8 @@ class Watcher:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._at_close: list[Callable[[], None]] = []
-        self._oom_kills: deque[tuple[float, int]] = deque([(time.monotonic(), oom_kills())], 64)
+        self.memory_kills = MemoryKills()
+        self._sampled_at = 0.0
         self._is_closing = False
         self.parent: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, name="vtriune-watcher", daemon=True)
@@ -81,12 +81,6 @@ class Watcher:
                 # The parent is gone, and this process with it in a moment.
                 logger.error("could not report to the parent: %s", note)
 
-    def saw_oom_kill(self, within_s: float) -> bool:
-        """Whether the kernel killed some process for memory in the last `within_s`."""
-        since = time.monotonic() - within_s
-        before = [count for when, count in self._oom_kills if when <= since] or [self._oom_kills[0][1]]
-        return oom_kills() > before[-1]
-
     def _on_wake(self) -> None:
         os.eventfd_read(self._wake_fd)
 
@@ -101,8 +95,9 @@ class Watcher:
             self._timers = [(when, job) for when, job in self._timers if when > now]
             for job in due:
                 self._guard(job)
-            if now - self._oom_kills[-1][0] > _OOM_EVERY_S:
-                self._oom_kills.append((now, oom_kills()))
+            if now - self._sampled_at > _SAMPLE_EVERY_S:
+                self._sampled_at = now
+                self._guard(self.memory_kills.sample)
             self._guard(self._on_tick)
         self._selector.close()
         os.close(self._wake_fd)
@@ -126,14 +121,3 @@ class Watcher:
 
     def _end(self) -> None:
         self._is_closing = True
-
-
-def oom_kills() -> int:
-    """How many processes the kernel has killed for memory since boot, on this machine, cgroups included."""
-    try:
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    except OSError:
-        return 0
-    return 0

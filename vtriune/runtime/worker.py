@@ -13,8 +13,6 @@ import socket
 import sys
 import threading
 
-import msgspec
-
 from vtriune.runtime import bootstrap as control_channel
 from vtriune.runtime import node as node_module
 from vtriune.runtime import stacks
@@ -34,7 +32,7 @@ def main() -> None:
     body = control_channel.receive(control)
     if body is None:
         sys.exit("the parent went away before it said what to run")
-    boot = msgspec.msgpack.decode(body, type=Bootstrap)
+    boot = control_channel.decode_bootstrap(body)
     die_with_parent(boot.parent_pid)
     set_title(f"{stacks.TITLE}{boot.mesh}-{boot.rank}")
     faulthandler.enable()

@@ -10,6 +10,7 @@ No class is ever named by the sender: the receiver's annotations decide what is 
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -23,16 +24,25 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 INLINE_BYTES = 8192
 _MAX_DIMENSIONS = 32
+_MAX_SIZE = 1 << 48
+# What `dtype.str` gives for the kinds that travel. Nothing else reaches NumPy, which parses a language of its own.
+_DTYPE_NAME = re.compile(r"[<>|][biufcSUMm][0-9]{1,9}(\[[0-9]{0,9}[A-Za-z]{1,2}\])?")
 # Annotations that are no classes, as the class of their values.
 _PLAIN: dict[Any, Any] = {None: type(None)}
+# Values of these classes never bring frames.
+_FRAMELESS = frozenset((int, float, bool, str, type(None)))
 _BLOB_TYPES = (bytes, bytearray, memoryview)
+# msgspec describes a struct on first use, and other threads see the description before it is complete: a decoder they
+# build then crashes on its first message. So decoders are built by one thread at a time; those that exist may be used
+# by any. Reentrant, because resolving annotations may import modules that build decoders of their own.
+_building = threading.RLock()
 
 
-class Payload(NamedTuple):
+class Payload(msgspec.Struct, gc=False):
     """An encoded argument list or result: a msgpack array, the frames beside it, and which items are whole frames."""
 
     body: bytes
-    frames: list[Buffer]
+    frames: Sequence[Buffer]
     blobs: tuple[int, ...]
     num_bytes: int
 
@@ -58,6 +68,8 @@ _wire_types: dict[type, WireType] = {}
 
 def register(cls: type, wire_type: WireType) -> None:
     """Let instances of `cls` (and its subclasses) travel in payloads."""
+    with _building:
+        msgspec.msgpack.Decoder(wire_type.struct)
     _wire_types[cls] = wire_type
 
 
@@ -102,10 +114,12 @@ def _array_from_wire(wire: Any, annotation: Any) -> Any:
     else:
         dtype_name, shape, source = msgspec.convert(wire, _ArrayWire)
         try:
-            dtype = np.dtype(dtype_name)
+            dtype = np.dtype(dtype_name) if _DTYPE_NAME.fullmatch(dtype_name) else None
         except TypeError:
-            raise ValueError(f"unknown array dtype {dtype_name[:32]!r}") from None
-        if dtype.kind not in "biufcSUMm" or len(shape) > _MAX_DIMENSIONS or any(size < 0 for size in shape):
+            dtype = None
+        if dtype is None:
+            raise ValueError(f"unknown array dtype {dtype_name[:32]!r}")
+        if len(shape) > _MAX_DIMENSIONS or any(not 0 <= size <= _MAX_SIZE for size in shape):
             raise ValueError(f"no array of dtype {dtype_name[:32]!r} and shape {shape[:8]} is accepted")
         if isinstance(source, int) and not 0 <= source < len(_frames.incoming):
             raise ValueError(f"array names frame {source}, the message has {len(_frames.incoming)}")
@@ -178,15 +192,28 @@ class Schema:
     def __init__(self, names: Sequence[str], types: Sequence[Any]) -> None:
         self.names = tuple(names)
         self.type: Any = tuple[tuple(types)] if types else tuple[()]  # type: ignore[misc]
-        self._decode = msgspec.msgpack.Decoder(self.type, dec_hook=_decode_hook).decode
+        with _building:
+            self._decode = msgspec.msgpack.Decoder(self.type, dec_hook=_decode_hook).decode
         self._is_open = _is_open(self.type)
         self._plain = tuple(_PLAIN.get(each, each) for each in types)
+        self._is_frameless = _FRAMELESS.issuperset(self._plain)
+
+    def pack(self, values: Sequence[Any]) -> Payload:
+        """Check and encode.
+
+        Raises:
+            TypeError: an item does not fit; the text names it.
+        """
+        if tuple(map(type, values)) != self._plain:
+            self.check(values)
+        elif self._is_frameless:
+            body = _encode(values)
+            return Payload(body, (), (), len(body))
+        return pack(values)
 
     def check(self, values: Sequence[Any]) -> None:
         """Raise TypeError naming the item that does not fit. Structs are checked by class, not field by field: the
         receiver checks those as it reads them."""
-        if tuple(map(type, values)) == self._plain:
-            return
         try:
             msgspec.convert(values, self.type, dec_hook=_decode_hook)
         except (msgspec.ValidationError, ValueError) as error:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from vtriune.transport.frames import has_input, receive, send
+from vtriune.transport.frames import NOBLOCK, has_input, receive, send, send_part
 from vtriune.transport.reactor import Reactor
 from vtriune.transport.wire import Limits
 
@@ -62,48 +62,48 @@ class Connection:
         if security is not None and not address.startswith("ipc://"):
             security.secure_client(socket)
         self.socket: Any = socket
+        self.is_closed = False
         self.fd = int(socket.getsockopt(zmq.FD))
         self._monitor = Monitor(reactor, socket, sum({*_LOST, *_REJECTED}), self._on_event)
         socket.connect(address)
         reactor.register(self)
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether it has been closed here."""
-        return bool(self.socket.closed)
-
     def send(self, header: bytes, frames: Sequence[Any] = ()) -> None:
         """Send, or note that there is no connection to send on."""
         try:
-            send(self.socket, (header,), frames)
+            if frames:
+                send(self.socket, (header,), frames)
+            else:
+                send_part(self.socket, header, NOBLOCK)
         except zmq.Again:
             # No pipe: the connection has gone, as its monitor is about to say. What was to go counts as sent on it.
             self._reactor.call_later(0.0, lambda: self._lost(is_rejected=False))
 
     def check_input(self, is_likely: bool) -> None:
         """To be called after sending."""
-        if not self.socket.closed:
+        if not self.is_closed:
             self._reactor.check_after_send(self, has_input, is_likely)
 
-    def read_one(self) -> bool:
+    def read_one(self, is_likely: bool) -> bool:
         """Handle one message; the handler may close this connection."""
-        parts = receive(self.socket, 1, self._limits.frames)
+        parts = receive(self.socket, 1, self._limits.frames, is_likely)
         if parts is None:
             return False
         self._on_message(parts)
-        return not self.socket.closed
+        return not self.is_closed
 
     def _on_event(self, event: int) -> None:
         self._lost(is_rejected=event in _REJECTED)
 
     def _lost(self, *, is_rejected: bool) -> None:
-        if not self.socket.closed:
+        if not self.is_closed:
             self.close()
             self._on_lost(is_rejected)
 
     def close(self) -> None:
         """Drop it. Idempotent."""
-        if not self.socket.closed:
+        if not self.is_closed:
+            self.is_closed = True
             self._reactor.unregister(self)
             self._monitor.close()
             self.socket.close(linger=0)
@@ -120,7 +120,7 @@ class Monitor:
         self.fd = int(self.socket.getsockopt(zmq.FD))
         reactor.register(self)
 
-    def read_one(self) -> bool:
+    def read_one(self, is_likely: bool) -> bool:
         """Pass on the next event; the handler may close this monitor."""
         if not has_input(self.socket):
             return False

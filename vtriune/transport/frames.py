@@ -11,13 +11,13 @@ from typing import Any
 import zmq
 from zmq.backend import Socket as _Socket
 
-_send: Any = _Socket.send
+# `send_part(socket, part, flags)`: one part, by copy.
+send_part: Any = _Socket.send
 _recv: Any = _Socket.recv
 _get: Any = _Socket.get
-_NOBLOCK = int(zmq.NOBLOCK)
-_NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+NOBLOCK = int(zmq.NOBLOCK)
+NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _EVENTS = int(zmq.EVENTS)
-_RCVMORE = int(zmq.RCVMORE)
 _POLLIN = int(zmq.POLLIN)
 # Below this, copying is cheaper than having libzmq's thread give the buffer back.
 _COPY_BYTES = 1 << 16
@@ -29,37 +29,38 @@ def send(socket: Any, heads: Sequence[bytes], frames: Sequence[Any] = ()) -> Non
     Raises:
         zmq.ZMQError: EAGAIN without a connection, EHOSTUNREACH from a router whose peer is gone. Nothing was sent.
     """
-    if frames:
-        for head in heads:
-            _send(socket, head, _NOBLOCK_MORE)
-        last = len(frames) - 1
-        for index, frame in enumerate(frames):
-            view = memoryview(frame)
-            _send(socket, view, _NOBLOCK if index == last else _NOBLOCK_MORE, view.nbytes < _COPY_BYTES)
-    elif len(heads) == 1:
-        _send(socket, heads[0], _NOBLOCK)
-    else:
-        _send(socket, heads[0], _NOBLOCK_MORE)
-        _send(socket, heads[1], _NOBLOCK)
+    last_head = NOBLOCK_MORE if frames else NOBLOCK
+    for index, head in enumerate(heads, 1):
+        send_part(socket, head, last_head if index == len(heads) else NOBLOCK_MORE)
+    for index, frame in enumerate(frames, 1):
+        view = memoryview(frame)
+        send_part(socket, view, NOBLOCK if index == len(frames) else NOBLOCK_MORE, view.nbytes < _COPY_BYTES)
 
 
-def receive(socket: Any, num_heads: int, max_frames: int) -> list[Any] | None:
-    """One message, or None when there is none: `num_heads` parts as bytes, the rest as zero-copy frames.
+def receive(socket: Any, num_heads: int, max_frames: int, is_likely: bool) -> list[Any] | None:
+    """One message, or None when there is none: `num_heads` parts, the rest as zero-copy frames.
 
-    With two heads the first is a router's identity, which another part always follows. Parts beyond `max_frames` are
-    read and dropped; the one extra that is kept tells the caller that the limit was passed.
+    With two heads the first is a router's identity, as bytes, which another part always follows; the last head is a
+    frame. Parts beyond `max_frames` are read and dropped; the one extra that is kept tells the caller that the limit
+    was passed. `is_likely`: take rather than look first, which is the dearer way to find nothing.
     """
-    if not _get(socket, _EVENTS) & _POLLIN:
+    if is_likely:
+        try:
+            part = _recv(socket, NOBLOCK, num_heads == 2)
+        except zmq.Again:
+            return None
+    elif _get(socket, _EVENTS) & _POLLIN:
+        part = _recv(socket, NOBLOCK, num_heads == 2)
+    else:
         return None
-    parts: list[Any] = [_recv(socket, _NOBLOCK)]
+    parts: list[Any] = [part]
     if num_heads == 2:
-        parts.append(_recv(socket, _NOBLOCK))
-    has_more = _get(socket, _RCVMORE)
-    while has_more:
-        frame = _recv(socket, _NOBLOCK, False)
-        has_more = frame.more
+        part = _recv(socket, NOBLOCK, False)
+        parts.append(part)
+    while part.more:
+        part = _recv(socket, NOBLOCK, False)
         if len(parts) <= num_heads + max_frames:
-            parts.append(frame)
+            parts.append(part)
     return parts
 
 

@@ -8,6 +8,7 @@ returns its credit.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ import zmq
 from vtriune.transport import wire
 from vtriune.transport.codec import Payload
 from vtriune.transport.connection import HEARTBEAT_S, SILENCE_S, Monitor
-from vtriune.transport.frames import has_input, receive, send
+from vtriune.transport.frames import NOBLOCK, NOBLOCK_MORE, has_input, receive, send, send_part
 from vtriune.transport.reactor import Reactor
 from vtriune.transport.wire import (
     Back,
@@ -35,6 +36,8 @@ from vtriune.transport.wire import (
     Reply,
     Welcome,
 )
+
+logger = logging.getLogger("vtriune.runtime")
 
 _DONE_BATCH = 64
 _REFUSALS = (
@@ -75,7 +78,7 @@ class ServerSecurity(Protocol):
 class Session:
     """One peer's link into this inbox; it outlives a dropped connection."""
 
-    __slots__ = ("_done_ids", "_inbox", "identity", "last_id", "link", "num_unfinished", "peer")
+    __slots__ = ("_done_ids", "_inbox", "identity", "last_id", "link", "num_refused", "num_unfinished", "peer")
 
     def __init__(self, inbox: Inbox, identity: bytes, peer: PeerRef, link: int) -> None:
         self._inbox = inbox
@@ -84,6 +87,7 @@ class Session:
         self.link = link
         self.last_id = 0
         self.num_unfinished = 0
+        self.num_refused = 0
         self._done_ids: list[int] = []
 
     def reply(self, call_id: int, payload: Payload) -> None:
@@ -154,9 +158,9 @@ class Inbox:
         self._reactor.register(self)
         return self.address
 
-    def read_one(self) -> bool:
+    def read_one(self, is_likely: bool) -> bool:
         """Handle one message; without one, send what is owed for finished one-way calls."""
-        parts = receive(self.socket, 2, self._limits.frames)
+        parts = receive(self.socket, 2, self._limits.frames, is_likely)
         if parts is None:
             if self._undone:
                 self._flush_done()
@@ -170,9 +174,9 @@ class Inbox:
         try:
             if len(parts) < 2 or len(parts[1]) > self._limits.header_bytes:
                 raise wire.WireError("no header, or one over the limit")
-            message = wire.decode(parts[1])
-        except wire.WireError as error:
-            self._refuse(identity, session, str(error))
+            message = wire.read(parts[1])
+        except (wire.WireError, *wire.MALFORMED) as error:
+            self._refuse(identity, session, f"not a message of protocol {wire.PROTOCOL}: {error}")
             return
         if type(message) is Call and session is not None:
             self._accept(session, message, parts)
@@ -222,8 +226,13 @@ class Inbox:
         self.send(session, wire.encode(welcome), (), num_answered=0)
 
     def _refuse(self, identity: bytes, session: Session | None, reason: str) -> None:
-        """Strangers are counted and told nothing they could use; a known peer keeps its session."""
+        """Strangers are counted and told nothing they could use; a known peer keeps its session, and the log names it
+        once: garbage in numbers must not fill a disk."""
         self.num_refused += 1
+        if session is not None:
+            session.num_refused += 1
+            if session.num_refused == 1:
+                logger.warning("refused a message from %s: %s; more of its kind are counted only", session.peer, reason)
         if session is None:
             with contextlib.suppress(zmq.ZMQError):
                 send(self.socket, (identity, wire.encode(Refused(reason))))
@@ -235,11 +244,16 @@ class Inbox:
             if self.socket.closed:
                 return
             try:
-                send(self.socket, (session.identity, header), frames)
+                if frames:
+                    send(self.socket, (session.identity, header), frames)
+                else:
+                    send_part(self.socket, session.identity, NOBLOCK_MORE)
+                    send_part(self.socket, header, NOBLOCK)
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-            self._reactor.check_after_send(self, has_input, is_likely=session.num_unfinished > 0)
+            if self._reactor.rereading is not self:
+                self._reactor.check_after_send(self, has_input, is_likely=session.num_unfinished > 0)
 
     def done_soon(self, session: Session, call_id: int) -> None:
         """Tell the peer, with the next batch, that a one-way call has finished."""

@@ -12,6 +12,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,20 @@ RECONNECT_S = 1.0
 CONNECT_S = 20.0
 RETRY_S = 0.05
 RESTART_RETRY_S = 0.2
+
+
+class _Room:
+    """What a thread that waits for credit waits for."""
+
+    __slots__ = ("_link", "_num_bytes")
+
+    def __init__(self, link: Link, num_bytes: int) -> None:
+        self._link = link
+        self._num_bytes = num_bytes
+
+    @property
+    def is_done(self) -> bool:
+        return self._link.has_room(self._num_bytes)
 
 
 class Link:
@@ -84,7 +99,10 @@ class Link:
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether a message of this size may go, or wait its turn, within the credit."""
-        return self._credit.may_submit(num_bytes) or self.failure is not None
+        credit = self._credit
+        unfinished_bytes = credit.inflight_bytes + credit.backlog_bytes
+        fits = not unfinished_bytes or unfinished_bytes + num_bytes <= credit.num_bytes
+        return (fits and credit.num_inflight + len(credit.backlog) < credit.messages) or self.failure is not None
 
     def wait_for_room(self, num_bytes: int, timeout_s: float | None = None) -> None:
         """Block a plain thread until there is credit; on an asyncio thread only check the backlog's bound.
@@ -102,38 +120,41 @@ class Link:
                     f"{num_waiting} messages ({waiting_bytes} bytes) wait for {self.peer}: "
                     "await earlier calls before making more"
                 )
-        elif not self._reactor.wait(lambda: self.has_room(num_bytes), timeout_s):
+        elif not self._reactor.wait(_Room(self, num_bytes), timeout_s):
             raise DeadlineExceeded(f"no credit from {self.peer} within {timeout_s} s: it is too slow or frozen")
 
-    def submit(
-        self,
-        actor: str,
-        endpoint: str,
-        payload: Payload,
-        num_positional: int,
-        names: tuple[str, ...],
-        outcome: Outcome,
-        oneway: bool = False,
-        deadline_s: float | None = None,
-    ) -> int:
-        """Send a call, or queue it for credit; returns its id. A link that has failed fails the outcome at once."""
+    def submit(self, call: Call, payload: Payload, outcome: Outcome) -> int:
+        """Give the call its id and send it, or queue it for credit. A link that has failed fails the outcome at once.
+
+        Returns the id.
+        """
         with self._reactor.lock:
-            call_id = self._next_id
+            call.id = call_id = self._next_id
             self._next_id = call_id + 1
             if self.failure is not None:
                 outcome.fail(self.failure)
                 return call_id
-            body = msgspec.Raw(payload.body)
-            call = Call(call_id, actor, endpoint, body, num_positional, names, payload.blobs, oneway, deadline_s)
-            item = Outstanding(call, payload, outcome)
+            item = Outstanding(
+                call_id,
+                call.actor,
+                call.endpoint,
+                payload.num_bytes,
+                outcome,
+                call.oneway,
+                wire.encode(call),
+                payload.frames,
+            )
             credit = self._credit
             credit.by_id[call_id] = item
+            deadline_s = call.deadline_s
             if deadline_s is not None:
-                item.timer = self._reactor.call_later(deadline_s, lambda: self._expire(item, deadline_s))
-            if self._is_open and not credit.backlog and credit.may_send(item):
-                credit.send(item)
+                item.timer = self._reactor.call_later(deadline_s, functools.partial(self._expire, item, deadline_s))
+            if self._is_open and not credit.backlog and credit.take(item.num_bytes):
+                item.is_sent = True
                 self._transmit(item)
-                self._connection.check_input(credit.num_inflight > 1)
+                if credit.num_inflight > 1:
+                    # The others' answers may have arrived unseen: sending can consume what tells of them.
+                    self._connection.check_input(True)
             else:
                 credit.queue(item)
             return call_id
@@ -190,41 +211,49 @@ class Link:
 
     def _on_message(self, parts: list[Any]) -> None:
         try:
-            message = wire.decode(parts[0])
-        except wire.WireError as error:
+            message = wire.read(parts[0])
+        except wire.MALFORMED as error:
             self._unreachable_because(f"it answered with something else than our protocol: {error}")
             return
-        match message:
-            case Reply(call_id, value, blobs):
-                outcome = self._end(call_id)
-                if outcome is not None:
-                    outcome.resolve(value, parts[1:], blobs)
-            case Fault(call_id, note):
-                outcome = self._end(call_id)
-                if outcome is not None:
-                    outcome.fail(note)
-            case Done(ids):
-                for call_id in ids:
-                    self._end(call_id)
-            case Welcome():
-                self._welcome(message)
-            case Refused(reason):
-                self._unreachable_because(f"it refused the connection: {reason}")
-            case _:
-                self._unreachable_because(f"it sent {type(message).__name__}, which only callers send")
+        if type(message) is Reply:
+            outcome = self._end(message.id)
+            if outcome is not None:
+                outcome.resolve(message.value, parts, message.blobs)
+        elif isinstance(message, Fault):
+            outcome = self._end(message.id)
+            if outcome is not None:
+                outcome.fail(message.error)
+        elif isinstance(message, Done):
+            for call_id in message.ids:
+                self._end(call_id)
+        elif isinstance(message, Welcome):
+            self._welcome(message)
+        elif isinstance(message, Refused):
+            self._unreachable_because(f"it refused the connection: {message.reason}")
+        else:
+            self._unreachable_because(f"it sent {type(message).__name__}, which only callers send")
 
     def _end(self, call_id: int) -> Outcome | None:
+        """Who waits for the call that has just ended: to be told, which wakes it. Nobody else need be woken, unless
+        nobody waits: then the credit that has come free may be what a thread waits for."""
         item = self._credit.end(call_id)
         if self._credit.backlog:
             self._flush()
-        self._reactor.notify()
-        return None if item is None else item.outcome
+        outcome: Outcome | None = None if item is None else item.outcome
+        if outcome is None:
+            self._reactor.notify()
+        return outcome
 
     # ---- the connection
 
     def _connect(self) -> None:
         self._connection = Connection(
-            self._reactor, self._limits, self.peer.address, self._security, self._on_message, self._lost
+            self._reactor,
+            self._limits,
+            self.peer.address,
+            self._security,
+            self._on_message,
+            self._lost,
         )
         self._connection.send(wire.encode(Hello(wire.PROTOCOL, self._me, self._link_id)))
 

@@ -9,16 +9,15 @@ from typing import Any, Protocol
 import msgspec
 
 from vtriune.transport import wire
-from vtriune.transport.codec import Payload
 from vtriune.transport.reactor import Timer
-from vtriune.transport.wire import Call, Limits
+from vtriune.transport.wire import Limits
 
 
 class Outcome(Protocol):
     """Who waits for a call. Both methods are called under the reactor's lock, at most one of them, once."""
 
-    def resolve(self, value: msgspec.Raw | None, frames: Sequence[Any], blobs: Sequence[int]) -> None:
-        """The call succeeded; a broadcast was handed to the peer."""
+    def resolve(self, value: msgspec.Raw | None, parts: Sequence[Any], blobs: Sequence[int]) -> None:
+        """The call succeeded: its answer's parts, header first; or a broadcast was handed to the peer."""
         ...
 
     def fail(self, error: Exception | wire.ErrorNote) -> None:
@@ -26,22 +25,20 @@ class Outcome(Protocol):
         ...
 
 
-class Outstanding:
+class Outstanding(msgspec.Struct, eq=False):
     """A submitted call until its end. `outcome` is None once nobody waits for it any more."""
 
-    __slots__ = ("actor", "endpoint", "frames", "header", "id", "is_oneway", "is_sent", "num_bytes", "outcome", "timer")
-
-    def __init__(self, call: Call, payload: Payload, outcome: Outcome) -> None:
-        self.id = call.id
-        self.header: bytes = wire.encode(call)
-        self.frames: Sequence[Any] = payload.frames
-        self.num_bytes = payload.num_bytes
-        self.outcome: Outcome | None = outcome
-        self.is_oneway = call.oneway
-        self.is_sent = False
-        self.actor = call.actor
-        self.endpoint = call.endpoint
-        self.timer: Timer | None = None
+    id: int
+    actor: str
+    endpoint: str
+    num_bytes: int
+    outcome: Any
+    is_oneway: bool
+    # What is to be sent, for as long as it may have to be.
+    header: bytes
+    frames: Sequence[Any]
+    is_sent: bool = False
+    timer: Timer | None = None
 
     @property
     def label(self) -> str:
@@ -64,16 +61,14 @@ class Credit:
         self.backlog_bytes = 0
         self.by_id: dict[int, Outstanding] = {}
 
-    def may_send(self, item: Outstanding) -> bool:
-        """Whether the peer has room for this one now."""
-        fits = self.inflight_bytes + item.num_bytes <= self.num_bytes or self.inflight_bytes == 0
-        return fits and self.num_inflight < self.messages
-
-    def may_submit(self, num_bytes: int) -> bool:
-        """Whether a call of this size would stay within the credit, counting those that wait."""
-        unfinished_bytes = self.inflight_bytes + self.backlog_bytes
-        fits = unfinished_bytes + num_bytes <= self.num_bytes or unfinished_bytes == 0
-        return fits and self.num_inflight + len(self.backlog) < self.messages
+    def take(self, num_bytes: int) -> bool:
+        """Count a call of this size as in flight; False when the peer has no room for it now."""
+        unfinished_bytes = self.inflight_bytes
+        if self.num_inflight >= self.messages or (unfinished_bytes and unfinished_bytes + num_bytes > self.num_bytes):
+            return False
+        self.num_inflight += 1
+        self.inflight_bytes = unfinished_bytes + num_bytes
+        return True
 
     def queue(self, item: Outstanding) -> None:
         """Let it wait."""
@@ -88,18 +83,12 @@ class Credit:
 
     def next(self) -> Outstanding | None:
         """The first that waits, if the peer has room for it; it counts as in flight from now on."""
-        if not self.backlog or not self.may_send(self.backlog[0]):
+        if not self.backlog or not self.take(self.backlog[0].num_bytes):
             return None
         item = self.backlog.popleft()
         self.backlog_bytes -= item.num_bytes
-        self.send(item)
-        return item
-
-    def send(self, item: Outstanding) -> None:
-        """Count it as in flight."""
         item.is_sent = True
-        self.num_inflight += 1
-        self.inflight_bytes += item.num_bytes
+        return item
 
     def end(self, call_id: int) -> Outstanding | None:
         """It has finished: its credit is free. None for an id that is not outstanding."""

@@ -18,12 +18,17 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import zmq
 
 _RECHECK_S = 0.25
+_EVENTS_AT_ONCE = 64
+# How long a thread stays awake for an answer; a yield that takes _SLICE_S went to somebody else's work.
+_AWAKE_S = 300e-6
+_SLICE_S = 400e-6
+_MAX_PENALTY = 4096
 # Messages read from one socket before others get their turn.
 _TURN = 256
 
@@ -34,8 +39,18 @@ class Channel(Protocol):
     fd: int
     socket: Any
 
-    def read_one(self) -> bool:
-        """Handle one message; False when there was none, which also rearms the descriptor."""
+    def read_one(self, is_likely: bool) -> bool:
+        """Handle one message; False when there was none, which also rearms the descriptor. `is_likely`: its descriptor
+        has just said that there is one, or several have just been read."""
+        ...
+
+
+class Awaited(Protocol):
+    """What a thread waits for."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it need wait no longer."""
         ...
 
 
@@ -72,9 +87,15 @@ class Reactor:
         self._loop_thread = 0
         self._loop_due = False
         self._leader = 0
+        # How many of the next waits for a near answer sleep at once, and how many did last.
+        self._num_asleep = 0
+        self._penalty = 1
         self._promoted: set[int] = set()
-        self._rereading: Channel | None = None
+        # The promoted channel being read: it will be looked at again, whatever is sent meanwhile.
+        self.rereading: Channel | None = None
         self._deferred: deque[Callable[[], None]] = deque()
+        # `defer(action)`: run `action` after the handlers of this round, in order, on the thread that ran them.
+        self.defer = self._deferred.append
         self.is_closed = False
 
     def register(self, channel: Channel) -> None:
@@ -104,25 +125,23 @@ class Reactor:
     def _read(self, channel: Channel) -> None:
         """Read a promoted channel message by message, running what each deferred before looking for the next: the last
         look, which finds nothing, then also covers what was sent meanwhile."""
-        for _ in range(_TURN):
+        deferred = self._deferred
+        for number in range(_TURN):
             with self.lock:
-                has_read = self._channels.get(channel.fd) is channel and channel.read_one()
-                self._rereading = channel if has_read else None
-            self.run_deferred()
+                has_read = self._channels.get(channel.fd) is channel and channel.read_one(number != 1)
+                self.rereading = channel if has_read else None
+            while deferred:
+                deferred.popleft()()
             if not has_read:
                 return
         with self.lock:
-            self._rereading = None
+            self.rereading = None
             self.mark_ready(channel)
 
     def run_deferred(self) -> None:
         """Run what was deferred. For those who defer outside a handler; never under the lock."""
         while self._deferred:
             self._deferred.popleft()()
-
-    def defer(self, action: Callable[[], None]) -> None:
-        """Run `action` after the handlers of this round, in order, on the thread that ran them."""
-        self._deferred.append(action)
 
     def mark_ready(self, channel: Channel) -> None:
         """Note that a socket has input although its descriptor may not say so: libzmq's descriptors are
@@ -135,7 +154,7 @@ class Reactor:
 
         `is_likely` tells that the next read will find something anyway. Callers hold the lock.
         """
-        if self._rereading is channel:
+        if self.rereading is channel:
             return
         if self._loop is None or not self._loop.is_running():
             self._ready[channel] = None
@@ -179,29 +198,34 @@ class Reactor:
         self._loop_due = False
         self.drain()
 
-    def drain(self, events: list[tuple[int, int]] | None = None, is_enough: Callable[[], Any] = lambda: False) -> None:
-        """Handle all input at hand and due timers, without blocking; or, once `is_enough()`, leave the rest for later."""
+    def drain(self) -> None:
+        """Handle all input at hand and due timers, without blocking."""
         with self.lock:
-            if self.is_closed:
-                return
-            ready, self._ready = self._ready, {}
-            for fd, _ in self._epoll.poll(0) if events is None else events:
-                if fd == self._wake_fd:
-                    self._clear_wake()
-                elif fd in self._channels:
-                    ready[self._channels[fd]] = None
-            for channel in ready:
-                self._drain_channel(channel, is_enough)
-            if self._timers:
-                self._run_timers()
+            if not self.is_closed:
+                self._take_in(self._epoll.poll(0))
         self.run_deferred()
 
-    def _drain_channel(self, channel: Channel, is_enough: Callable[[], Any]) -> None:
-        for _ in range(_TURN):
-            if self._channels.get(channel.fd) is not channel or not channel.read_one():
-                return
-            if is_enough():
-                self._ready[channel] = None
+    def _take_in(self, events: Sequence[tuple[int, int]]) -> None:
+        """Handle input and due timers. Every channel is read until it is found empty: its descriptor tells of the next
+        message only then."""
+        ready, self._ready = self._ready, {}
+        for fd, _ in events:
+            channel = self._channels.get(fd)
+            if channel is not None:
+                if ready:
+                    ready.pop(channel, None)
+                self._drain_channel(channel, True)
+            elif fd == self._wake_fd:
+                self._clear_wake()
+        for channel in ready:
+            self._drain_channel(channel, False)
+        if self._timers:
+            self._run_timers()
+
+    def _drain_channel(self, channel: Channel, has_said_so: bool) -> None:
+        for number in range(_TURN):
+            is_likely = number > 1 or (has_said_so and not number)
+            if self._channels.get(channel.fd) is not channel or not channel.read_one(is_likely):
                 return
         self.mark_ready(channel)
 
@@ -243,8 +267,9 @@ class Reactor:
         if self._leader not in (0, threading.get_ident()):
             os.eventfd_write(self._wake_fd, 1)
 
-    def wait(self, is_done: Callable[[], Any], timeout_s: float | None) -> bool:
-        """Block this thread until `is_done()` or the timeout, reading the sockets where nobody else does.
+    def wait(self, awaited: Awaited, timeout_s: float | None, is_near: bool = False) -> bool:
+        """Block this thread until `awaited` is done or the timeout, reading the sockets where nobody else does.
+        `is_near`: it may well be one round trip away.
 
         Raises:
             RuntimeError: called on a thread that runs an asyncio loop; blocking would stop the loop.
@@ -252,30 +277,63 @@ class Reactor:
         if self.runs_in_this_thread():
             raise RuntimeError("blocking here would stop this thread's asyncio loop: use `await` instead")
         end = None if timeout_s is None else time.monotonic() + timeout_s
-        thread = threading.get_ident()
         while True:
             with self.lock:
-                if is_done():
+                if awaited.is_done:
                     return True
-                remaining = None if end is None else end - time.monotonic()
-                if remaining is not None and remaining <= 0:
+                remaining_s = None if end is None else end - time.monotonic()
+                if remaining_s is not None and remaining_s <= 0:
                     return False
                 if self._leader or (self._loop is not None and self._loop.is_running()):
                     self._num_waiting += 1
                     # A loop may end without telling: look again soon rather than wait for it for ever.
-                    self._changed.wait(_RECHECK_S if remaining is None else min(remaining, _RECHECK_S))
+                    self._changed.wait(_RECHECK_S if remaining_s is None else min(remaining_s, _RECHECK_S))
                     self._num_waiting -= 1
                     continue
-                self._leader = thread
-                poll_s = 0.0 if self._ready else self._poll_s(remaining)
-            try:
-                # What is marked ready is looked at first: more often than not that saves a system call.
-                self.drain(self._epoll.poll(poll_s) if poll_s else [], is_done)
-            finally:
-                with self.lock:
-                    self._leader = 0
-                    if self._num_waiting:
-                        self._changed.notify_all()
+                self._leader = threading.get_ident()
+                poll_s = 0.0 if self._ready else self._poll_s(remaining_s)
+            self._lead(poll_s, is_near)
+
+    def _lead(self, poll_s: float, is_near: bool) -> None:
+        """Read for everybody, once. What is marked ready is looked at first: more often than not that saves a system
+        call."""
+        try:
+            if is_near and poll_s and not self._num_asleep:
+                events = self._stay_awake(poll_s)
+            else:
+                if is_near and self._num_asleep:
+                    self._num_asleep -= 1
+                events = self._epoll.poll(poll_s, _EVENTS_AT_ONCE) if poll_s else []
+            with self.lock:
+                if not self.is_closed:
+                    self._take_in(events)
+        finally:
+            with self.lock:
+                self._leader = 0
+                if self._num_waiting:
+                    self._changed.notify_all()
+        if self._deferred:
+            self.run_deferred()
+
+    def _stay_awake(self, timeout_s: float) -> list[tuple[int, int]]:
+        """What the descriptors say within the timeout, for an answer that may be near.
+
+        Falling asleep and being woken by another processor costs as much as a whole call. So this stays awake for a
+        few round trips first, giving way to any thread that can run, until it finds the answer far or that others want
+        the processor; then it sleeps, and so do, at once, twice as many of the next waits each time. Not for streams
+        of messages: there it would take from those that carry them.
+        """
+        start = before = time.monotonic()
+        while not (events := self._epoll.poll(0, _EVENTS_AT_ONCE)):
+            os.sched_yield()
+            now = time.monotonic()
+            if now - before > _SLICE_S or now - start > min(_AWAKE_S, timeout_s):
+                self._penalty = min(2 * self._penalty, _MAX_PENALTY)
+                self._num_asleep = self._penalty
+                return self._epoll.poll(max(0.0, start + timeout_s - now), _EVENTS_AT_ONCE)
+            before = now
+        self._penalty = max(1, self._penalty - 1)
+        return events
 
     def _poll_s(self, remaining_s: float | None) -> float:
         until_timer_s = self._timers[0][0] - time.monotonic() if self._timers else 3600.0

@@ -16,6 +16,8 @@ PROTOCOL = 1
 MAX_NESTING = 64
 # Room for what a header holds beside the arguments: names, ids, blob positions.
 HEADER_ROOM = 1 << 16
+# A payload of at most this size, without frames, is within any limits.
+PLAIN_BYTES = 1 << 16
 
 # Ids count up per sender; 2^53 keeps them exact in every msgpack implementation.
 _Id: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -53,10 +55,13 @@ class Limits(msgspec.Struct, frozen=True):
     credit_bytes: int = 256 << 20
     backlog_messages: int = 1 << 16
 
+    def __post_init__(self) -> None:
+        smallest = PLAIN_BYTES + HEADER_ROOM
+        if min(self.frame_bytes, self.header_bytes) < smallest:
+            raise ValueError(f"frame_bytes and header_bytes must be at least {smallest}: {self}")
+
     def check(self, payload: Sized) -> None:
         """Raise WireError when a payload exceeds what one message may hold."""
-        if payload.num_bytes <= min(self.frame_bytes, self.header_bytes - HEADER_ROOM) and not payload.frames:
-            return
         largest = max((memoryview(frame).nbytes for frame in payload.frames), default=0)
         if largest > self.frame_bytes:
             raise WireError(f"an array of {largest} bytes exceeds the limit of {self.frame_bytes}")
@@ -132,9 +137,10 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=3):
     reason: _Text
 
 
-class Call(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
+class Call(msgspec.Struct, array_like=True, tag=4, gc=False):
     """Run an endpoint. `args` is a msgpack array: `num_positional` arguments, then one per name in `names`.
 
+    `id` is set by the link that sends it.
     `blobs` lists the positions in `args` that are byte strings sent as the leading frames, in this order.
     `deadline_s` is the time left when sent. A `oneway` call is answered by Done (or by a fault report), never by a value.
     """
@@ -194,7 +200,9 @@ class Back(msgspec.Struct, frozen=True, array_like=True, tag=10):
 Message: TypeAlias = Hello | Welcome | Refused | Call | Reply | Fault | Done | Cancel | Gone | Back
 
 encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Message).decode
+# `read(header)`: the message in a header frame, or one of the errors MALFORMED.
+read = msgspec.msgpack.Decoder(Message).decode
+MALFORMED = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
 def decode(header: bytes | memoryview) -> Message:
@@ -204,7 +212,7 @@ def decode(header: bytes | memoryview) -> Message:
         WireError: the bytes are no message of this protocol.
     """
     try:
-        message: Message = _decode(header)
+        message: Message = read(header)
         return message
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise WireError(f"not a message of protocol {PROTOCOL}: {error}") from None
