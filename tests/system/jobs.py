@@ -60,8 +60,8 @@ class Job:
             }
             time.sleep(0.1)
 
-    def wait_for_version(self, version: int) -> None:
-        self.wait_for(lambda: any(line["version"] >= version for line in self.lines()), f"version {version}")
+    def wait_for_version(self, version: int, timeout_s: float = 300) -> None:
+        self.wait_for(lambda: any(line["version"] >= version for line in self.lines()), f"version {version}", timeout_s)
 
     def pid_of(self, role: str) -> int:
         return next(pid for pid, name in self.family.items() if role in name and psutil.pid_exists(pid))
