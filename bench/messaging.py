@@ -23,6 +23,7 @@ from typing import Any
 
 CALLS = 1000
 PIPELINED = 5000
+REPEATS = 3
 PAYLOADS = (4 << 10, 64 << 10, 256 << 10, 4 << 20, 64 << 20)
 PAYLOAD_BYTES = 256 << 20
 FAN_OUT = 32
@@ -41,10 +42,13 @@ def percentiles_us(run: Callable[[int], Any], count: int) -> Figures:
 
 
 def per_second(run: Callable[[], Any], count: int) -> float:
-    """How many per second when `run` does `count`."""
-    start = time.perf_counter()
-    run()
-    return count / (time.perf_counter() - start)
+    """How many per second when `run` does `count`: the median of a few runs, each of which may be some 100 ms short."""
+    rates = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        rates.append(count / (time.perf_counter() - start))
+    return statistics.median(rates)
 
 
 def num_payloads(size: int) -> int:

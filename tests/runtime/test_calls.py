@@ -54,7 +54,7 @@ def test_call_one_needs_a_mesh_of_one(echo: Echo) -> None:
 
 def test_choose_goes_to_the_rank_with_the_least_outstanding(echo: Echo) -> None:
     echo.marks.call().get(timeout=WAIT_S)
-    naps = [echo.slice(procs=0).nap.call_one(1.0) for _ in range(4)]
+    naps = [echo.slice(procs=0).nap.call_one(0.6) for _ in range(4)]
     chosen = [echo.where.choose() for _ in range(3)]
     assert {future.get(timeout=WAIT_S)[0] for future in chosen} == {1}
     assert [nap.get(timeout=WAIT_S) for nap in naps] == ["rested"] * 4
@@ -81,7 +81,7 @@ def test_futures_work_from_asyncio_and_async_endpoints_run_concurrently(echo: Ec
         one = echo.slice(procs=0)
         await one.ping.call_one(0)
         start = time.perf_counter()
-        assert await asyncio.gather(*[one.nap.call_one(0.3) for _ in range(50)]) == ["rested"] * 50
+        assert await asyncio.gather(*[one.nap.call_one(0.2) for _ in range(50)]) == ["rested"] * 50
         return time.perf_counter() - start
 
     assert asyncio.run(many()) < 3.0

@@ -97,7 +97,7 @@ def test_awaited_broadcasts_keep_pace_with_the_receiver(procs: ProcMesh) -> None
 
 def test_waiting_for_credit_counts_against_the_deadline(procs: ProcMesh) -> None:
     echo = procs.spawn("echo", Echo)
-    naps = [echo.nap.call_one(1.0) for _ in range(LIMITS.credit_messages)]
+    naps = [echo.nap.call_one(0.6) for _ in range(LIMITS.credit_messages)]
     with pytest.raises(DeadlineExceeded, match="no credit from narrow rank 0"):
         echo.ping.within(0.2).call_one(1)
     assert [nap.get(timeout=WAIT_S) for nap in naps] == ["rested"] * len(naps)

@@ -199,7 +199,7 @@ class Signature:
         self._parameters = {parameter.name: _travelling(hints[parameter.name]) for parameter in parameters}
         self._required = {p.name for p in parameters if p.default is inspect.Parameter.empty}
         self._keyword_only = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        self._by_shape: dict[tuple[int, tuple[str, ...]], Schema] = {}
+        self.by_shape: dict[tuple[int, tuple[str, ...]], Schema] = {}
         self.result = Schema(("result",), (_travelling(hints.get("return", Any)),))
 
     def arguments(self, num_positional: int, names: tuple[str, ...]) -> Schema:
@@ -208,11 +208,11 @@ class Signature:
         Raises:
             TypeError: the endpoint cannot be called so.
         """
-        schema = self._by_shape.get((num_positional, names))
+        schema = self.by_shape.get((num_positional, names))
         if schema is None:
             schema = self._bind(num_positional, names)
-            if len(self._by_shape) < _MAX_SHAPES:
-                self._by_shape[num_positional, names] = schema
+            if len(self.by_shape) < _MAX_SHAPES:
+                self.by_shape[num_positional, names] = schema
         return schema
 
     def build(self) -> None:

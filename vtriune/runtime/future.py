@@ -189,7 +189,7 @@ class CallFuture(Future[R]):
         self._link.cancel(self.call_id)
 
     def _is_near(self) -> bool:
-        return self._link.num_outstanding == 1
+        return len(self._link.credit.by_id) == 1
 
     def resolve(self, value: msgspec.Raw | None, parts: Sequence[Any], blobs: Sequence[int]) -> None:
         """Outcome of a link: the encoded result, and the parts of its message."""

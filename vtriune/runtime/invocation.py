@@ -50,7 +50,8 @@ def unpack(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a call. Raises MessageRefused naming the sender and the field that does not fit."""
     try:
-        schema = signature.arguments(call.num_positional, call.names)
+        shape = (call.num_positional, call.names)
+        schema = signature.by_shape.get(shape) or signature.arguments(*shape)
         values = schema.unpack(call.args, frames, call.blobs)
     except (WireError, TypeError) as error:
         raise MessageRefused(f"{signature.label}, sent by {sender}: {error}") from None

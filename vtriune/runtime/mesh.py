@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -160,8 +161,12 @@ class BoundEndpoint(Endpoint[..., Any]):
         names = tuple(kwargs)
         values = (*args, *kwargs.values()) if kwargs else args
         try:
-            pack = codec.pack if self._signature is None else self._signature.arguments(len(args), names).pack
-            payload = pack(values)
+            signature, shape = self._signature, (len(args), names)
+            if signature is None:
+                payload = codec.pack(values)
+            else:
+                schema = signature.by_shape.get(shape) or signature.arguments(*shape)
+                payload = schema.pack(values)
         except TypeError as error:
             raise TypeError(f"{self._label}: {error}") from None
         if payload.num_bytes > wire.PLAIN_BYTES or payload.frames:
@@ -182,7 +187,7 @@ class BoundEndpoint(Endpoint[..., Any]):
         payload, names = packed
         call_end = context.call_end.get()
         deadline_s = self.deadline_s if call_end is None else self._deadline(call_end)
-        if not link.has_room(payload.num_bytes):
+        if link.credit.by_id and not link.has_room(payload.num_bytes):
             link.wait_for_room(payload.num_bytes, deadline_s)
         future: CallFuture[Any] = CallFuture(self._node.reactor, self._label, peer, self._result, link)
         args = msgspec.Raw(payload.body)
@@ -196,8 +201,12 @@ class BoundEndpoint(Endpoint[..., Any]):
             raise ValueError(
                 f"{self._label}.call_one needs a mesh of one, this has {self._mesh.extent}: slice it, or use choose"
             )
-        self._node.reactor.attach_running_loop()
-        return self._call(elements[0], self._node.link(elements[0]), self._pack(args, kwargs), len(args))
+        node = self._node
+        if asyncio._get_running_loop() is not None:
+            node.reactor.attach_running_loop()
+        peer = elements[0]
+        link = node.links.get(peer.node) or node.link(peer)
+        return self._call(peer, link, self._pack(args, kwargs), len(args))
 
     def choose(self, *args: Any, **kwargs: Any) -> Future[Any]:
         self._node.reactor.attach_running_loop()

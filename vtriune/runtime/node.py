@@ -62,7 +62,7 @@ class Node:
         self.inbox = Inbox(self.reactor, limits, incarnation, self, self.security if is_tcp else None)
         bound = self.inbox.bind(address)
         self.me = PeerRef(name, bound, mesh, rank, socket.gethostname(), os.getpid())
-        self._links: dict[str, Link] = {}
+        self.links: dict[str, Link] = {}
         self._moved: dict[str, PeerRef] = {}
         # A restarted process must not be taken for its predecessor: links of both have distinct ids.
         self._link_ids = itertools.count(int.from_bytes(os.urandom(6), "little"))
@@ -100,15 +100,15 @@ class Node:
 
     def link(self, peer: PeerRef) -> Link:
         """The link to a process, opened on first use."""
-        link = self._links.get(peer.node)
+        link = self.links.get(peer.node)
         if link is None:
             with self.reactor.lock:
-                link = self._links.get(peer.node)
+                link = self.links.get(peer.node)
                 if link is None:
                     peer = self.whereabouts(peer)
                     link_id = next(self._link_ids)
                     link = Link(self.reactor, self.limits, self.me, peer, link_id, self.security, self._on_lost_peer)
-                    self._links[peer.node] = link
+                    self.links[peer.node] = link
         return link
 
     def whereabouts(self, peer: PeerRef) -> PeerRef:
@@ -121,7 +121,7 @@ class Node:
         Returns the number of calls that ended in the failure.
         """
         with self.reactor.lock:
-            link = self._links.get(node)
+            link = self.links.get(node)
             num_failed = link.fail(failure, is_restarting=is_restarting) if link is not None else 0
             self.inbox.forget(node)
             if tell:
@@ -132,14 +132,14 @@ class Node:
         """A process that had gone runs again at this address."""
         with self.reactor.lock:
             self._moved[peer.node] = peer
-            link = self._links.get(peer.node)
+            link = self.links.get(peer.node)
             if link is not None:
                 link.move(peer)
             if tell:
                 self._tell_all(Back(peer))
 
     def _tell_all(self, message: wire.Message) -> None:
-        for link in self._links.values():
+        for link in self.links.values():
             if link.failure is None:
                 link.tell(message)
 
@@ -186,7 +186,7 @@ class Node:
         if self._watcher is not None:
             self._watcher.close()
         with self.reactor.lock:
-            for link in self._links.values():
+            for link in self.links.values():
                 link.close()
             self.inbox.close()
         if self.security is not None:

@@ -80,7 +80,7 @@ class Link:
         self._security = security
         self._on_failure = on_failure
         self._next_id = 1
-        self._credit = Credit(limits)
+        self.credit = Credit(limits)
         self._incarnation: int | None = None
         self._is_open = False
         self._is_closed = False
@@ -95,11 +95,11 @@ class Link:
     @property
     def num_outstanding(self) -> int:
         """Calls submitted and not ended; `choose` balances by it."""
-        return len(self._credit.by_id)
+        return len(self.credit.by_id)
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether a message of this size may go, or wait its turn, within the credit."""
-        credit = self._credit
+        credit = self.credit
         unfinished_bytes = credit.inflight_bytes + credit.backlog_bytes
         fits = not unfinished_bytes or unfinished_bytes + num_bytes <= credit.num_bytes
         return (fits and credit.num_inflight + len(credit.backlog) < credit.messages) or self.failure is not None
@@ -114,7 +114,7 @@ class Link:
         if self.has_room(num_bytes):
             return
         if self._reactor.runs_in_this_thread():
-            num_waiting, waiting_bytes = len(self._credit.backlog), self._credit.backlog_bytes
+            num_waiting, waiting_bytes = len(self.credit.backlog), self.credit.backlog_bytes
             if num_waiting >= self._limits.backlog_messages or waiting_bytes > 4 * self._limits.credit_bytes:
                 raise BacklogFull(
                     f"{num_waiting} messages ({waiting_bytes} bytes) wait for {self.peer}: "
@@ -144,7 +144,7 @@ class Link:
                 wire.encode(call),
                 payload.frames,
             )
-            credit = self._credit
+            credit = self.credit
             credit.by_id[call_id] = item
             deadline_s = call.deadline_s
             if deadline_s is not None:
@@ -162,7 +162,7 @@ class Link:
     def cancel(self, call_id: int) -> None:
         """Forget a call's outcome and tell the callee to stop working on it."""
         with self._reactor.lock:
-            item = self._credit.by_id.get(call_id)
+            item = self.credit.by_id.get(call_id)
             if item is not None and item.outcome is not None:
                 item.outcome = None
                 self._abandon(item)
@@ -186,7 +186,7 @@ class Link:
 
     def _flush(self) -> None:
         has_sent = False
-        while self._is_open and (item := self._credit.next()) is not None:
+        while self._is_open and (item := self.credit.next()) is not None:
             self._transmit(item)
             has_sent = True
         if has_sent and self._is_open:
@@ -205,7 +205,7 @@ class Link:
         if item.is_sent:
             self.tell(Cancel(item.id))
         else:
-            self._credit.unqueue(item)
+            self.credit.unqueue(item)
 
     # ---- receiving
 
@@ -236,8 +236,8 @@ class Link:
     def _end(self, call_id: int) -> Outcome | None:
         """Who waits for the call that has just ended: to be told, which wakes it. Nobody else need be woken, unless
         nobody waits: then the credit that has come free may be what a thread waits for."""
-        item = self._credit.end(call_id)
-        if self._credit.backlog:
+        item = self.credit.end(call_id)
+        if self.credit.backlog:
             self._flush()
         outcome: Outcome | None = None if item is None else item.outcome
         if outcome is None:
@@ -304,7 +304,7 @@ class Link:
         is_new = self._incarnation is not None and welcome.incarnation != self._incarnation
         if is_new and not self._is_restarting:
             # It died and came back before we noticed: what was in flight died with the old one.
-            for item in list(self._credit.clear()):
+            for item in list(self.credit.clear()):
                 if item.outcome is not None:
                     item.outcome.fail(ConnectionLost(f"{self.peer} was restarted during {item.label}"))
         self._is_open, self._is_restarting, self.failure = True, False, None
@@ -312,18 +312,18 @@ class Link:
         self.peer = msgspec.structs.replace(self.peer, pid=welcome.pid)
         if self._give_up is not None:
             self._give_up.cancel()
-        self._credit.messages, self._credit.num_bytes = welcome.credit_messages, welcome.credit_bytes
+        self.credit.messages, self.credit.num_bytes = welcome.credit_messages, welcome.credit_bytes
         self._resend(welcome.last_id)
         self._flush()
         self._reactor.notify()
 
     def _resend(self, last_id: int) -> None:
         """After a break: calls in flight are lost, broadcasts the peer has not had go again, oldest first."""
-        for item in [item for item in self._credit.by_id.values() if item.is_sent]:
+        for item in [item for item in self.credit.by_id.values() if item.is_sent]:
             if item.is_oneway and item.id > last_id:
                 self._connection.send(item.header, item.frames)
                 continue
-            self._credit.end(item.id)
+            self.credit.end(item.id)
             if item.outcome is not None:
                 item.outcome.fail(ConnectionLost(f"the connection to {self.peer} broke during {item.label}"))
 
@@ -345,7 +345,7 @@ class Link:
                 self._give_up.cancel()
             if is_restarting:
                 self._reactor.call_later(RESTART_RETRY_S, self._reconnect)
-            waiting = [item.outcome for item in self._credit.clear() if item.outcome is not None]
+            waiting = [item.outcome for item in self.credit.clear() if item.outcome is not None]
             for outcome in waiting:
                 outcome.fail(failure)
             self._reactor.notify()

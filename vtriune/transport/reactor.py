@@ -274,7 +274,7 @@ class Reactor:
         Raises:
             RuntimeError: called on a thread that runs an asyncio loop; blocking would stop the loop.
         """
-        if self.runs_in_this_thread():
+        if asyncio._get_running_loop() is not None:
             raise RuntimeError("blocking here would stop this thread's asyncio loop: use `await` instead")
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
