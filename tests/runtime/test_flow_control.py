@@ -25,6 +25,7 @@ from vtriune.transport import wire
 from vtriune.transport.wire import Call, Fault, Hello, PeerRef, Reply, Welcome
 
 WAIT_S = 30.0
+NUM_PACED = 20_000
 LIMITS = Limits(frame_bytes=1 << 20, frames=8, credit_messages=16, credit_bytes=1 << 20, backlog_messages=50)
 
 
@@ -88,11 +89,12 @@ def test_awaited_broadcasts_keep_pace_with_the_receiver(procs: ProcMesh) -> None
     echo = procs.spawn("echo", Echo)
 
     async def paced() -> list[int]:
-        for mark in range(200):
+        for mark in range(NUM_PACED):
             await echo.note.broadcast(mark)
         return await echo.marks.call_one()
 
-    assert asyncio.run(paced()) == list(range(200))
+    # Many: what is owed for finished ones goes out in the very moment in which others arrive.
+    assert asyncio.run(paced()) == list(range(NUM_PACED))
 
 
 def test_waiting_for_credit_counts_against_the_deadline(procs: ProcMesh) -> None:

@@ -159,12 +159,16 @@ class Inbox:
         return self.address
 
     def read_one(self, is_likely: bool) -> bool:
-        """Handle one message; without one, send what is owed for finished one-way calls."""
+        """Handle one message; without one, send what is owed for finished one-way calls.
+
+        True after either: a send may hide a message that has just come, so one more look has to follow.
+        """
         parts = receive(self.socket, 2, self._limits.frames, is_likely)
         if parts is None:
-            if self._undone:
-                self._flush_done()
-            return False
+            if not self._undone:
+                return False
+            self._flush_done()
+            return True
         self._handle(parts)
         return True
 

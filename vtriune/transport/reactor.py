@@ -40,8 +40,8 @@ class Channel(Protocol):
     socket: Any
 
     def read_one(self, is_likely: bool) -> bool:
-        """Handle one message; False when there was none, which also rearms the descriptor. `is_likely`: its descriptor
-        has just said that there is one, or several have just been read."""
+        """Handle one message; False when there was none and nothing was sent meanwhile, which also rearms the descriptor.
+        `is_likely`: its descriptor has just said that there is one, or several have just been read."""
         ...
 
 
@@ -126,17 +126,22 @@ class Reactor:
         """Read a promoted channel message by message, running what each deferred before looking for the next: the last
         look, which finds nothing, then also covers what was sent meanwhile."""
         deferred = self._deferred
-        for number in range(_TURN):
-            with self.lock:
-                has_read = self._channels.get(channel.fd) is channel and channel.read_one(number != 1)
-                self.rereading = channel if has_read else None
-            while deferred:
-                deferred.popleft()()
-            if not has_read:
-                return
-        with self.lock:
-            self.rereading = None
-            self.mark_ready(channel)
+        has_read = True
+        try:
+            for number in range(_TURN):
+                with self.lock:
+                    has_read = self._channels.get(channel.fd) is channel and channel.read_one(number != 1)
+                    self.rereading = channel if has_read else None
+                while deferred:
+                    deferred.popleft()()
+                if not has_read:
+                    return
+        finally:
+            # Also when something raised: the look that senders rely on is still owed.
+            if has_read:
+                with self.lock:
+                    self.rereading = None
+                    self.mark_ready(channel)
 
     def run_deferred(self) -> None:
         """Run what was deferred. For those who defer outside a handler; never under the lock."""
