@@ -311,10 +311,11 @@ def _finish(folder: Path, name: str) -> None:
 
 
 def kill(folder: Path, num_kills: int, seed: int) -> None:
-    """Both runs, to their ends; prints the Outcome as JSON."""
+    """The uninterrupted run, on-policy and with a bound of 0, and the killed one, to their ends; prints the Outcome as JSON."""
     started = time.monotonic()
     _finish(folder, "uninterrupted")
     uninterrupted_s = time.monotonic() - started
+    _finish(folder, STALENESS_0)
     started = time.monotonic()
     cut, resumed = run_killed(folder, num_kills, random.Random(seed), uninterrupted_s / NUM_VERSIONS)
     print(

@@ -119,7 +119,6 @@ def test_nothing_half_written_is_left_at_the_end(folder: Path, outcome: program.
 def test_off_policy_with_staleness_0_is_the_on_policy_run_group_by_group_and_bit_by_bit(
     folder: Path, outcome: program.Outcome
 ) -> None:
-    start(folder, "finish", program.STALENESS_0)
     assert program.config_of(folder, program.STALENESS_0).policy.mode == "off_policy"
     assert consumed(folder, program.STALENESS_0) == consumed(folder, "uninterrupted")
     found = flat(whole_state(folder, program.STALENESS_0))

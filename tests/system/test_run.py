@@ -59,18 +59,18 @@ def test_off_policy_stays_within_its_bound_survives_kills_and_is_switched_while_
 ) -> None:
     overrides = ["policy.mode=off_policy", "policy.max_staleness=2", "evaluation.before=false"]
     # Over TCP, where a restarted process has another address than the one it replaces.
-    job = start("run.steps=24", "cluster.bind=127.0.0.1", *overrides)
+    job = start("run.steps=16", "cluster.bind=127.0.0.1", *overrides)
     job.wait_for_version(2)
     os.kill(job.pid_of("generator"), signal.SIGKILL)
-    job.wait_for_version(6)
+    job.wait_for_version(5)
     os.kill(job.pid_of("vtriune verifiers"), signal.SIGKILL)
-    job.wait_for_version(8)
+    job.wait_for_version(7)
     assert control(job.run_folder, "mode=on_policy")["requested"] == {"mode": "on_policy", "max_staleness": 0}
-    job.wait_for_version(16)
+    job.wait_for_version(11)
     control(job.run_folder, "mode=off_policy", "max_staleness=1")
     assert job.finish() == 0, job.text()
     lines = job.lines()
-    assert [line["version"] for line in lines] == list(range(1, 25))
+    assert [line["version"] for line in lines] == list(range(1, 17))
     bounds = [line["policy/max_staleness"] for line in lines]
     assert list(dict.fromkeys(bounds)) == [2, 0, 1], bounds
     # Groups admitted before a switch keep the bound they were admitted under: at 2 there are at most two batches of them.
@@ -79,7 +79,7 @@ def test_off_policy_stays_within_its_bound_survives_kills_and_is_switched_while_
         assert line["policy/is_off_policy"] == (line["policy/max_staleness"] > 0)
     assert max(line["staleness/max"] for line in lines) > 0
     assert lines[-1]["generators/deaths"] == 1
-    assert lines[-1]["ledger/consumed"] == 24 * 8
+    assert lines[-1]["ledger/consumed"] == 16 * 8
     assert lines[-1]["ledger/lost"] == 0
     assert all(line["mismatch/max_abs"] <= 1e-4 for line in lines)
     notes = [archive.notes_of(path) for _, path in archive.files(job.run_folder / "rollouts", "version")]
