@@ -8,7 +8,7 @@ is buried and the publish is repeated with the others; a learner that breaks end
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -28,13 +28,22 @@ class Publisher:
     """Publishes to `fleet`; `max_canary_error` is in nats, on any token of the canary's response."""
 
     def __init__(
-        self, learner: Any, fleet: Fleet, canary: Canary, *, max_canary_error: float, deadline_s: float = 120.0
+        self,
+        learner: Any,
+        fleet: Fleet,
+        canary: Canary,
+        *,
+        max_canary_error: float,
+        deadline_s: float = 120.0,
+        report_lost: Callable[[Rendezvous, int, str], None] | None = None,
     ) -> None:
+        """`report_lost` tells the others of a publish about a member that cannot; None: `vtriune.weight_group.report_lost`."""
         self._learner = learner
         self._fleet = fleet
         self._canary = canary
         self._max_canary_error = max_canary_error
         self._deadline_s = deadline_s
+        self._report_lost = report_lost or _report_lost
 
     async def publish(self, version: int) -> dict[str, float]:
         """Send `version` to every healthy engine, then refit the stale ones. Returns `publish/*` metrics."""
@@ -72,7 +81,7 @@ class Publisher:
         order = PublishOrder(version, rendezvous, full, self._deadline_s)
         sending = asyncio.ensure_future(_values(self._learner.publish.call(order)))
         receiving = [
-            asyncio.ensure_future(_value(engine.actor.receive.call_one(msgspec.structs.replace(order, member=member))))
+            asyncio.ensure_future(self._received(engine, msgspec.structs.replace(order, member=member)))
             for member, engine in enumerate(engines, 1)
         ]
         sent, *received = await asyncio.gather(sending, *receiving, return_exceptions=True)
@@ -81,9 +90,9 @@ class Publisher:
             for engine, result in zip(engines, received, strict=True)
             if isinstance(result, BaseException)
         ]
-        if isinstance(sent, BaseException) and not _is_bystander(sent):
-            raise sent
         guilty = [(engine, error) for engine, error in errors if not _is_bystander(error)]
+        if isinstance(sent, BaseException) and not _is_bystander(sent) and not (guilty and _is_late(sent)):
+            raise sent
         for engine, error in guilty:
             self._fleet.bury(engine, f"publish of version {version} failed: {error}")
         if guilty:
@@ -92,6 +101,14 @@ class Publisher:
             if isinstance(error, BaseException):
                 raise PublishError(f"publish of version {version} failed and nobody says why: {error}") from error
         return [sent[0], *received]
+
+    async def _received(self, engine: Engine, order: PublishOrder) -> PublishReport:
+        try:
+            report: PublishReport = await engine.actor.receive.call_one(order)
+            return report
+        except MeshFailure as failure:
+            await asyncio.to_thread(self._report_lost, order.rendezvous, order.member, str(failure).splitlines()[0])
+            raise
 
     def _compare(self, version: int, reports: Sequence[PublishReport]) -> None:
         for member, report in enumerate(reports[1:], 1):
@@ -132,6 +149,17 @@ class Publisher:
 def _is_bystander(error: BaseException) -> bool:
     """A member that took part without harm: the cause lies with another, and it can take the next attempt."""
     return isinstance(error, ActorError) and error.type_name.endswith(".PeerFailure")
+
+
+def _is_late(error: BaseException) -> bool:
+    """It waited for somebody until the deadline."""
+    return isinstance(error, ActorError) and error.type_name.endswith("._Late")
+
+
+def _report_lost(rendezvous: Rendezvous, member: int, reason: str) -> None:
+    from vtriune.weight_group import report_lost  # torch, which the controller does without until then
+
+    report_lost(rendezvous, member, reason)
 
 
 async def _value(future: Any) -> Any:

@@ -44,6 +44,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.0005, 0.02
 _MAX_TEXT = 4000
 _FAILURE_KEY = "failure"
+_REPORT_TIME = timedelta(seconds=5)
 
 
 class PublishFailure(RuntimeError):
@@ -111,6 +112,17 @@ def listen(host: str, num_members: int, backend: Literal["gloo", "nccl"]) -> tup
             host, port, None, True, timedelta(seconds=60), wait_for_workers=False, master_listen_fd=server.detach()
         )
     return store, Rendezvous(host, port, num_members, backend)
+
+
+def report_lost(rendezvous: Rendezvous, member: int, reason: str) -> None:
+    """Say for a member that cannot that it failed: dead or frozen, it would be waited for until the deadline. Never raises."""
+    try:
+        store = TCPStore(rendezvous.host, rendezvous.port, None, False, _REPORT_TIME, wait_for_workers=False)
+        failure = _Failure(member, "agree", reason[:_MAX_TEXT])
+        store.set(_FAILURE_KEY, msgspec.msgpack.encode(failure))  # type: ignore[arg-type]
+    except dist.DistError:
+        # Nobody serves it any more: the publish is over.
+        pass
 
 
 def held_as(name: str, member: int) -> str:

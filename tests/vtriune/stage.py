@@ -207,6 +207,8 @@ class Stage:
         self.consumed: dict[int, int] = {}
         self.orders: list[TrainOrder] = []
         self.records: list[StepRecord] = []
+        self.reported_lost: list[tuple[int, str]] = []
+        """Members whose end the publisher told the others"""
         self.shares: list[int] = []
         """Generators that sampled each lease"""
         self.generators: list[FakeGenerator] = []
@@ -228,6 +230,9 @@ class Stage:
         self.generators.append(generator)
         return Spawned(FakeProcs(generator), Mesh(generator))
 
+    def _report_lost(self, rendezvous: Rendezvous, member: int, reason: str) -> None:
+        self.reported_lost.append((member, reason))
+
     def _ring(self) -> None:
         if hasattr(self, "controller"):
             self.controller.ring()
@@ -237,7 +242,7 @@ class Stage:
         learner, recorder = Mesh(FakeLearner(self)), Mesh(FakeRecorder(self))
         fleet = Fleet(self._fleet_size, self._room, self._restarts, self._spawn, self._ring)
         await fleet.start()
-        publisher = Publisher(learner, fleet, CANARY, max_canary_error=1e-3)
+        publisher = Publisher(learner, fleet, CANARY, max_canary_error=1e-3, report_lost=self._report_lost)
         snapshots = Snapshots(self._folder / "checkpoints", self.config.checkpoint)
         controller = Controller(
             self.config, self.store, fleet, publisher, HeldOut(self.config, Rows(4, "held-out"), fleet), learner, recorder,

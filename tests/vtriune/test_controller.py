@@ -253,3 +253,24 @@ async def test_a_publish_broken_by_one_engine_is_repeated_with_the_unharmed_othe
     assert num_failures == 1
     assert stage.records[-1].metrics["generators/deaths"] == 1
     assert len(stage.consumed) == 24
+
+
+async def test_an_engine_that_dies_in_a_publish_is_reported_to_the_others_and_the_publish_repeated(
+    tmp_path: Path,
+) -> None:
+    stage = Stage(tmp_path, ON, steps=4)
+    controller = await stage.open()
+    culprit = stage.generators[0]
+    healthy = culprit.receive
+
+    async def die_at_two(order: PublishOrder) -> PublishReport:
+        culprit.is_dead = order.version == 2
+        return await healthy(order)
+
+    culprit.receive = die_at_two  # type: ignore[method-assign]
+    async with asyncio.timeout(30):
+        await controller.run()
+    assert [member for member, _ in stage.reported_lost] == [1]
+    assert "generator rank 0" in stage.reported_lost[0][1]
+    assert stage.records[-1].metrics["generators/deaths"] == 1
+    assert len(stage.consumed) == 24

@@ -20,6 +20,7 @@ from vtriune.weight_group import (
     WeightGroup,
     held_as,
     listen,
+    report_lost,
 )
 
 MANIFEST = WeightManifest(3, [WeightEntry("w", [4], "float32")])
@@ -227,3 +228,16 @@ def test_the_store_listens_on_the_given_interface_only() -> None:
     assert listening == {"127.0.0.1"}
     assert rendezvous.port != 0
     del store
+
+
+def test_a_member_reported_lost_is_waited_for_no_longer() -> None:
+    store, rendezvous = listen("127.0.0.1", 2, "gloo")
+    reporter = threading.Timer(0.2, report_lost, (rendezvous, 1, "generator-0 rank 0 is frozen"))
+    start = time.monotonic()
+    reporter.start()
+    with pytest.raises(PeerFailure, match="member 1: generator-0 rank 0 is frozen"):
+        Meeting(rendezvous, 0, Deadline(60.0), store).propose("", "g1", MANIFEST)
+    assert time.monotonic() - start < SOON_S
+    reporter.join()
+    del store
+    report_lost(rendezvous, 1, "nobody listens any more, which harms nobody")
