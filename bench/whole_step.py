@@ -9,7 +9,6 @@ made to write all 64 tokens: so tokens per second stand beside seconds per step,
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import statistics
@@ -47,11 +46,6 @@ class Step(NamedTuple):
         return self.tokens / self.seconds
 
 
-def coin(response: str, gold: str) -> float:
-    """The reward of a completion: 1 for the gold answer, else a fair coin that depends on the text alone."""
-    return 1.0 if response == gold else float(hashlib.sha1(response.encode()).digest()[0] % 2)
-
-
 def write_world(folder: Path) -> None:
     """Model and data below `folder`."""
     define_missing_schemas()
@@ -75,7 +69,7 @@ def write_world(folder: Path) -> None:
                     "accuracy_ratio": 1.0,
                     "format_ratio": 0.0,
                     "verifier": "python",
-                    "verifier_parm": {"function": "bench.whole_step:coin"},
+                    "verifier_parm": {"function": "bench.coin:coin"},
                 },
                 "extra_info": {"id": str(number), "image_path": None},
             }
@@ -108,7 +102,7 @@ def configuration(folder: Path, system: str, num_completions: int, steps: int) -
             "group_size": GROUP,
             "in_flight": "recompute",
         },
-        "rewards": {"python": ["bench.whole_step:coin"]},
+        "rewards": {"python": ["bench.coin:coin"]},
         "sampling": {"max_tokens": TOKENS},
         "optimizer": {"lr": 1e-6, "token_budget": 8192},
         "evaluation": {"before": False, "after": False},
