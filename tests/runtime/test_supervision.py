@@ -197,6 +197,51 @@ def test_a_mesh_that_asks_for_it_is_restarted_and_references_to_it_stay_valid() 
         procs.stop().get(timeout=WAIT_S)
 
 
+def test_a_reference_from_before_a_restart_works_in_a_process_that_starts_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures: queue.Queue[MeshFailure] = queue.Queue()
+    policy = RestartPolicy(num_restarts=1, backoff_s=0.1)
+    phoenix = this_host().spawn_procs(name="phoenix", restart=policy, on_failure=failures.put)
+    echo = phoenix.spawn("echo", Echo, "again")
+    assert echo.greet.call_one("a").get(timeout=WAIT_S) == "again a"
+    pid = phoenix.peers[0].pid
+    os.kill(pid, signal.SIGKILL)
+    assert failures.get(timeout=WAIT_S).is_restarting
+    eventually(lambda: phoenix.peers[0].pid != pid, "it runs again")
+    # As if the reference had been written just before: it names where the dead process was.
+    monkeypatch.setattr(this_node(), "whereabouts", lambda peer: peer)
+    late = this_host().spawn_procs(name="late", on_failure=print)
+    relay = late.spawn("relay", Relay, echo)
+    assert relay.ask.call_one("b").get(timeout=WAIT_S) == "again b"
+    for procs in (phoenix, late):
+        procs.stop().get(timeout=WAIT_S)
+
+
+def test_a_peer_given_up_for_good_is_reached_again_once_it_is_said_to_be_back() -> None:
+    procs = this_host().spawn_procs(name="away", on_failure=print)
+    echo = procs.spawn("echo", Echo)
+    assert echo.greet.call_one("a").get(timeout=WAIT_S) == "hello a"
+    link = this_node().link(procs.peers[0])
+    # As in a process that is not its owner, and tried for longer than a restart took.
+    link._on_failure = None
+    with this_node().reactor.lock:
+        link._is_open = False
+        link._unreachable()
+    with pytest.raises(MeshFailure, match="accepts no connection"):
+        echo.greet.call_one("b").get(timeout=WAIT_S)
+    this_node().peer_back(procs.peers[0], tell=False)
+
+    def greets() -> bool:
+        try:
+            return echo.greet.call_one("c").get(timeout=WAIT_S) == "hello c"
+        except MeshFailure:
+            return False
+
+    eventually(greets, "it is reached again")
+    procs.stop().get(timeout=WAIT_S)
+
+
 def test_a_dropped_connection_fails_calls_in_flight_and_repeats_no_broadcast() -> None:
     procs = this_host().spawn_procs(name="dropped", on_failure=print)
     echo = procs.spawn("echo", Echo)

@@ -64,6 +64,8 @@ class Node:
         self.me = PeerRef(name, bound, mesh, rank, socket.gethostname(), os.getpid())
         self.links: dict[str, Link] = {}
         self._moved: dict[str, PeerRef] = {}
+        self._announced: dict[str, PeerRef] = {}
+        """Those of them that this process restarted and tells others of."""
         # A restarted process must not be taken for its predecessor: links of both have distinct ids.
         self._link_ids = itertools.count(int.from_bytes(os.urandom(6), "little"))
         self._names = itertools.count(1)
@@ -107,7 +109,16 @@ class Node:
                 if link is None:
                     peer = self.whereabouts(peer)
                     link_id = next(self._link_ids)
-                    link = Link(self.reactor, self.limits, self.me, peer, link_id, self.security, self._on_lost_peer)
+                    link = Link(
+                        self.reactor,
+                        self.limits,
+                        self.me,
+                        peer,
+                        link_id,
+                        self.security,
+                        self._on_lost_peer,
+                        self._tell_moves,
+                    )
                     self.links[peer.node] = link
         return link
 
@@ -136,7 +147,13 @@ class Node:
             if link is not None:
                 link.move(peer)
             if tell:
+                self._announced[peer.node] = peer
                 self._tell_all(Back(peer))
+
+    def _tell_moves(self, link: Link) -> None:
+        """A process may have been given references before a restart that ended while its link was not open yet."""
+        for peer in self._announced.values():
+            link.tell(Back(peer))
 
     def _tell_all(self, message: wire.Message) -> None:
         for link in self.links.values():

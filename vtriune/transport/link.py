@@ -70,6 +70,7 @@ class Link:
         link_id: int,
         security: ClientSecurity | None,
         on_failure: Callable[[Link, MeshFailure], None] | None = None,
+        on_open: Callable[[Link], None] | None = None,
     ) -> None:
         self.peer = peer
         self.failure: MeshFailure | None = None
@@ -79,6 +80,7 @@ class Link:
         self._link_id = link_id
         self._security = security
         self._on_failure = on_failure
+        self._on_open = on_open
         self._next_id = 1
         self.credit = Credit(limits)
         self._incarnation: int | None = None
@@ -258,10 +260,11 @@ class Link:
         self._connection.send(wire.encode(Hello(wire.PROTOCOL, self._me, self._link_id)))
 
     def move(self, peer: PeerRef) -> None:
-        """The peer is back, perhaps elsewhere: connect to it there."""
+        """The peer is back, perhaps elsewhere: connect to it there, also when it had been given up."""
         with self._reactor.lock:
             self.peer = peer
-            if self._is_restarting and not self._is_open:
+            if not self._is_open and not self._is_closed:
+                self._is_restarting = True
                 self._connection.close()
                 self._connect()
 
@@ -313,6 +316,8 @@ class Link:
         if self._give_up is not None:
             self._give_up.cancel()
         self.credit.messages, self.credit.num_bytes = welcome.credit_messages, welcome.credit_bytes
+        if self._on_open is not None:
+            self._on_open(self)
         self._resend(welcome.last_id)
         self._flush()
         self._reactor.notify()
