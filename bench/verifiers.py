@@ -308,6 +308,11 @@ async def soak_mathverify(num_fuzzed: int, group_size: int = 8) -> None:
 
     try:
         await asyncio.gather(*(one() for _ in range(num_fuzzed // group_size)))
+        for _ in range(100):
+            # One that was killed over its last answer is being replaced.
+            if len(pool.worker_pids) == 2:
+                break
+            await asyncio.sleep(0.1)
         assert len(pool.worker_pids) == 2, "a worker is missing"
     finally:
         await pool.close()
