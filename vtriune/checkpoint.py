@@ -11,7 +11,6 @@ Torch-free: what lies in the folder is its writers' affair.
 
 import hashlib
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
+
+from vtriune.durable import sync
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +90,10 @@ def commit(staging: str | Path) -> Path:
     content = Manifest(_FORMAT, step, listed, "")
     content = msgspec.structs.replace(content, seal=content.sealed())
     manifest.write_bytes(msgspec.json.format(msgspec.json.encode(content)))
-    _sync(manifest)
+    sync(manifest)
     for inner in sorted((path for path in staging.rglob("*") if path.is_dir()), reverse=True):
-        _sync(inner)
-    _sync(staging)
+        sync(inner)
+    sync(staging)
     final = staging.with_name(f"step-{step}")
     if final.exists():
         # Rename does not replace a folder that holds files.
@@ -102,7 +103,7 @@ def commit(staging: str | Path) -> Path:
         shutil.rmtree(replaced)
     else:
         staging.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     return final
 
 
@@ -185,7 +186,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _sealed(path: Path) -> FileEntry:
-    _sync(path)
+    sync(path)
     return FileEntry(path.stat().st_size, _digest(path))
 
 
@@ -204,11 +205,3 @@ def _problem(path: Path, entry: FileEntry) -> str | None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

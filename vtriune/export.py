@@ -7,13 +7,13 @@ it takes the newest complete checkpoint. The folder appears under its name only 
 
 import argparse
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vtriune.checkpoint import MANIFEST, all_steps, latest_complete, problems
+from vtriune.durable import sync
 
 MODEL_FOLDER = "hf"
 """Below a checkpoint; the learner writes it."""
@@ -64,10 +64,10 @@ def export(source: Path, out: Path | None = None) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model, partial)
     for path in partial.rglob("*"):
-        _sync(path)
-    _sync(partial)
+        sync(path)
+    sync(partial)
     partial.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
     return out
 
 
@@ -86,14 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{folder}: load it with transformers, or serve it with `vllm serve {folder}`")
     return 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ class Fleet:
         return engine
 
     def pick_others(self, engine: Engine, num_groups: int, num_completions: int) -> list[Engine]:
-        """Idle engines that take a share of the group that `engine` is about to be leased, the next of the last `num_groups`
-        there are for now: near the end of an on-policy batch, or with fewer groups than engines, nobody looks on."""
+        """Idle engines to share the group that `engine` is about to be leased, `num_groups` being left to lease, this one included:
+        near the end of an on-policy batch, or with fewer groups than engines, nobody looks on."""
         idle = [e for e in self.healthy if e.num_leased == 0 and e is not engine]
         num_sharing = min((len(idle) + 1) // max(num_groups, 1), num_completions)
         return idle[: max(num_sharing - 1, 0)] if engine.num_leased == 0 else []

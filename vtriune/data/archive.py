@@ -7,7 +7,6 @@ The recorder writes, `learner.replay`, `verifiers.rescore` and people read. A fi
     rollouts/unconsumed-000001.parquet   groups that were scored and never trained on (filtered, or left at the end)
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verifiers import Verdict
+from vtriune.durable import sync
 from vtriune.messages import Group, Lease, SampleRef, Sampling, ScoredGroup, Trajectory, VersionSpan
 
 Kind = Literal["version", "evaluation", "unconsumed"]
@@ -87,9 +87,9 @@ def write(
                 rows = []
         if rows:
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(folder)
+    sync(folder)
     return path
 
 
@@ -216,11 +216,3 @@ def _verdict(row: dict[str, Any]) -> Verdict:
         float("nan") if row[name] is None else row[name] for name in ("reward", "accuracy", "format")
     )
     return Verdict(row["status"], reward, accuracy, form, dict(row["components"]), row["reason"])
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
