@@ -86,17 +86,10 @@ class VllmCore:
         name_of = mapper.get_rename_mapper().map_name if mapper is not None else str
         return Expectation(Path(folder), name_of, getattr(model, "packed_modules_mapping", {}))
 
-    def render(
-        self,
-        prompt_ids: Sequence[int],
-        images: Sequence[Image.Image],
-        sampling: Sampling,
-        scored_token: int | None = None,
-    ) -> EngineCoreRequest:
-        """A group's template: placeholders expanded, pixels processed, parameters fixed.
+    def render(self, prompt_ids: Sequence[int], images: Sequence[Image.Image], sampling: Sampling) -> EngineCoreRequest:
+        """A group's template: pads expanded to one per image token, pixels processed, parameters fixed.
 
-        `scored_token` asks for the log-prob of that token in the place of the sampled one. Raises ValueError for what vLLM
-        refuses.
+        Raises ValueError for what vLLM refuses.
         """
         prompt: dict[str, Any] = {"prompt_token_ids": list(prompt_ids)}
         if images:
