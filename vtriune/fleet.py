@@ -119,7 +119,7 @@ class Fleet:
     def reserve(self, engine: Engine, lease: Lease, others: Sequence[Engine] = ()) -> None:
         """Take the lease's room at once, so that whoever leases many groups in a row spreads them; `generate` frees it."""
         for sharing in (engine, *others):
-            sharing.num_leased += -(-lease.num_completions // (1 + len(others)))
+            sharing.num_leased += _share(lease, others)
 
     async def generate(self, engine: Engine, lease: Lease, others: Sequence[Engine] = ()) -> GroupReport:
         """Have `engine` generate a reserved group, shared with `others`, and see it scored and delivered. Raises what the actor
@@ -132,7 +132,7 @@ class Fleet:
             return report
         finally:
             for sharing in (engine, *others):
-                sharing.num_leased -= -(-lease.num_completions // (1 + len(others)))
+                sharing.num_leased -= _share(lease, others)
             self._on_change()
 
     async def figures(self) -> dict[str, float]:
@@ -207,6 +207,11 @@ class Fleet:
         if engine.spawned is not None:
             spawned, engine.spawned = engine.spawned, None
             await spawned.procs.stop()
+
+
+def _share(lease: Lease, others: Sequence[Engine]) -> int:
+    """Completions of each engine, rounded up."""
+    return -(-lease.num_completions // (1 + len(others)))
 
 
 async def _awaited(future: Any) -> Any:
