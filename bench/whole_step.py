@@ -84,10 +84,11 @@ def configuration(folder: Path, system: str, num_completions: int, steps: int) -
     return {
         "run": {"name": f"{system}-{num_completions}", "folder": str(folder / "runs"), "steps": steps},
         "cluster": {
-            "generators": {"threads": 1, "max_sequences": 256, "max_model_len": 256, "kv_cache_gib": 0.25},
-            "learner": {"threads": 1},
+            "generators": {"procs": 2, "threads": 1, "max_sequences": 256, "max_model_len": 256, "kv_cache_gib": 0.25},
+            # On-policy it has both cores while nobody generates.
+            "learner": {"threads": 1 if is_off else 2},
         },
-        "model": {"path": str(folder / "model"), "dtype": "float32", "freeze": ["vit"]},
+        "model": {"path": str(folder / "model"), "dtype": "float32", "freeze": ["vit", "connector"]},
         "data": {
             "train": [str(folder / "data" / "*.parquet")],
             "store": str(folder / "store"),

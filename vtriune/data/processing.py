@@ -77,6 +77,8 @@ class Preprocessor:
         self.image_token_id: int = self._id_of(self._image_token)
         self.video_token_id: int = self._id_of(self._video_token)
         _check_ids_of_config(folder, self.image_token_id, self.video_token_id)
+        self.end_token_ids: list[int] = _end_ids(folder, self._tokenizer.eos_token_id)
+        """Ids that end a response: the tokenizer's end and those of generation_config.json."""
 
     @property
     def tokenizer(self) -> Any:
@@ -87,12 +89,6 @@ class Preprocessor:
     def pad_token_ids(self) -> list[int]:
         """Ids of the image and video pads that exist in the vocabulary: a response must not contain them."""
         return [token for token in (self.image_token_id, self.video_token_id) if token >= 0]
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        """Ids that end a response: the tokenizer's end and those of generation_config.json."""
-        ends = {self._tokenizer.eos_token_id, *_generation_ends(Path(self.model_path))}
-        return sorted(token for token in ends if token is not None)
 
     def mm_processor_kwargs(self) -> dict[str, Any]:
         """What vLLM's `mm_processor_kwargs` must be for its image processor to resize as ours does."""
@@ -208,8 +204,7 @@ class Preprocessor:
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """A response's text: everything sampled, special tokens included, but for the end tokens at its end."""
         ids = [int(token) for token in token_ids]
-        ends = set(self.end_token_ids)
-        while ids and ids[-1] in ends:
+        while ids and ids[-1] in self.end_token_ids:
             ids.pop()
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
@@ -317,10 +312,11 @@ def _check_ids_of_config(folder: Path, image_token_id: int, video_token_id: int)
             )
 
 
-def _generation_ends(folder: Path) -> list[int]:
+def _end_ids(folder: Path, of_tokenizer: int | None) -> list[int]:
     path = folder / "generation_config.json"
-    ends = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    of_model = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    ends = {of_tokenizer, *(of_model if isinstance(of_model, list) else [of_model])}
+    return sorted(token for token in ends if token is not None)
 
 
 def _content(turn: Turn) -> str | list[dict[str, str]]:
