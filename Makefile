@@ -24,9 +24,13 @@ demo: setup
 	$(PY) -m examples.digits.build
 	$(PY) -m vtriune.launch examples/digits.yaml $(ARGS)
 
+# Two at a time, but for whole runs: each of those has five processes and both cores to itself.
 test: setup
 	$(PY) -m examples.digits.build
-	$(PY) -m pytest $(ARGS)
+	@status=0; \
+	$(PY) -m pytest -n 2 --dist loadfile --ignore=tests/system $(ARGS) || status=1; \
+	$(PY) -m pytest tests/system $(ARGS) || status=1; \
+	exit $$status
 
 lint: setup
 	$(PY) -m ruff check .

@@ -19,7 +19,7 @@ from vtriune.config.tree import Config
 from vtriune.data.processing import Preprocessor
 from vtriune.data.store import StoreSet
 from vtriune.messages import Canary, Group, GroupReport, Lease, PublishOrder, PublishReport
-from vtriune.runtime import Actor, ActorError, ActorMesh, MeshFailure, endpoint
+from vtriune.runtime import Actor, ActorError, ActorMesh, ConnectionLost, MeshFailure, endpoint
 
 if TYPE_CHECKING:
     from actors.engine import Engine
@@ -125,14 +125,14 @@ class Generator(Actor):
         return Engine(self._config, preprocessor, StoreSet.open(self._store_folders), self._rank)
 
     async def _scored(self, group: Group) -> GroupReport:
-        """Have some verifier process score the group. One that dies loses nothing: the group goes to another, or to the one
-        that replaces it, for as long as the lease lasts."""
+        """Have some verifier process score the group. One that dies or is cut off loses nothing: the group goes to another, or to
+        the one that replaces it, for as long as the lease lasts; what it had delivered is a duplicate then."""
         pause, deadline = _FIRST_PAUSE_S, asyncio.get_running_loop().time() + self._config.policy.lease_s
         while True:
             try:
                 report: GroupReport = await self._verifiers.score.choose(group)
                 return report
-            except MeshFailure as failure:
+            except (MeshFailure, ConnectionLost) as failure:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
                 log.warning("group %d is scored again: %s", group.lease.group_id, str(failure).splitlines()[0])

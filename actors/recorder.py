@@ -21,7 +21,7 @@ from actors.trackers import MetricsFile, Wandb
 from vtriune.config.tree import Config
 from vtriune.data import archive
 from vtriune.data.archive import Archived
-from vtriune.data.journal import Journal, recover
+from vtriune.data.journal import Journal, Key, key_of, recover
 from vtriune.messages import ScoredGroup, StepRecord
 from vtriune.metrics import BY_ACCURACY_OR_IOU, GroupStats, evaluation_metrics, source_metrics, summarise
 from vtriune.runtime import Actor, endpoint
@@ -49,38 +49,40 @@ class Recording:
         self._metrics = MetricsFile(folder / "metrics.jsonl")
         self._max_pending = max_pending
         self._kinds = kinds
-        self._stats: dict[int, GroupStats] = {}
-        self._evaluations: dict[int, SamplingKind] = {}
+        self._stats: dict[Key, GroupStats] = {}
+        self._evaluations: dict[Key, SamplingKind] = {}
         self._num_duplicates = 0
         self._salvage(self._rollouts / "journal")
         self._journal = Journal(self._rollouts / "journal")
 
     def add(self, group: ScoredGroup) -> None:
-        """Take in a scored group. A second arrival of an id (a lease issued twice) is counted and dropped, as at the learner."""
+        """Take in a scored group. A second arrival of the same attempt is counted and dropped, as at the learner; of several attempts
+        the step names the one that was trained on, and the others end as unconsumed."""
         lease = group.group.lease
-        if lease.group_id in self._journal:
+        key = key_of(lease)
+        if key in self._journal:
             self._num_duplicates += 1
             log.info("group %d arrived again (attempt %d); the first is kept", lease.group_id, lease.attempt)
             return
         self._journal.append(group)
-        self._stats[lease.group_id] = summarise(group, BY_ACCURACY_OR_IOU)
+        self._stats[key] = summarise(group, BY_ACCURACY_OR_IOU)
         if lease.purpose == "evaluate":
-            self._evaluations[lease.group_id] = "sampled" if lease.sampling.temperature > 0 else "greedy"
+            self._evaluations[key] = "sampled" if lease.sampling.temperature > 0 else "greedy"
         # Evaluation groups do not count: the next step takes them all, however many rows are held out.
         if len(self._stats) - len(self._evaluations) > self._max_pending:
             # The oldest quarter at once: a file per group would be many files.
-            waiting = [group_id for group_id in self._stats if group_id not in self._evaluations]
+            waiting = [key for key in self._stats if key not in self._evaluations]
             self._archive_unconsumed(waiting[: max(1, self._max_pending // 4)])
 
     def is_complete(self, record: StepRecord) -> bool:
         """Whether the groups that `record` speaks of have arrived: those it consumed, and its evaluations once one has."""
-        num_evaluated = sum(len(self._stats[group_id].responses) for group_id in self._evaluations)
+        num_evaluated = sum(len(self._stats[key].responses) for key in self._evaluations)
         num_expected = sum(
             int(record.metrics.get(f"eval/{kind}/num_rows", 0) + record.metrics.get(f"eval/{kind}/num_faults", 0))
             for kind in ("sampled", "greedy")
         )
         has_evaluations = num_evaluated == 0 or num_evaluated >= num_expected
-        return has_evaluations and all(group_id in self._stats for group_id in record.group_ids)
+        return has_evaluations and all(key in self._stats for key in _keys(record))
 
     def step(self, record: StepRecord, *, tracker_failures: int = 0) -> tuple[dict[str, float], "StepTicket"]:
         """Write the line of `record.version`: its own figures over the source metrics of its groups and evaluations.
@@ -88,11 +90,11 @@ class Recording:
         `record.version` is the version that training on the groups made: the learner held the one before while it consumed
         them. Returns the line and the ticket for `write_step`, which archives the trajectories.
         """
-        known = [group_id for group_id in record.group_ids if group_id in self._stats]
+        known = [key for key in _keys(record) if key in self._stats]
         evaluated = dict(self._evaluations)
-        metrics = source_metrics((self._stats[group_id] for group_id in known), version=record.version - 1)
+        metrics = source_metrics((self._stats[key] for key in known), version=record.version - 1)
         for kind in dict.fromkeys(evaluated.values()):
-            of_kind = [self._stats[group_id] for group_id, its_kind in evaluated.items() if its_kind == kind]
+            of_kind = [self._stats[key] for key, its_kind in evaluated.items() if its_kind == kind]
             metrics |= evaluation_metrics(of_kind, prefix=f"eval/{kind}")
             if kind == self._kinds[0]:
                 metrics |= evaluation_metrics(of_kind)
@@ -105,8 +107,8 @@ class Recording:
             "update": record.update,
         }
         self._metrics.append(metrics)
-        for group_id in (*known, *evaluated):
-            del self._stats[group_id]
+        for key in (*known, *evaluated):
+            del self._stats[key]
         self._evaluations.clear()
         notes = {
             "mode": "off_policy" if record.metrics.get("policy/is_off_policy") else "on_policy",
@@ -144,13 +146,13 @@ class Recording:
         self._archive_unconsumed(list(self._stats))
         self._journal.close()
 
-    def _archive_unconsumed(self, group_ids: Sequence[int]) -> None:
-        if group_ids:
-            self._write_unconsumed(Archived(None, group) for group in self._journal.read(group_ids))
-            self._journal.forget(group_ids)
-        for group_id in group_ids:
-            del self._stats[group_id]
-            self._evaluations.pop(group_id, None)
+    def _archive_unconsumed(self, keys: Sequence[Key]) -> None:
+        if keys:
+            self._write_unconsumed(Archived(None, group) for group in self._journal.read(keys))
+            self._journal.forget(keys)
+        for key in keys:
+            del self._stats[key]
+            self._evaluations.pop(key, None)
 
     def _write_unconsumed(self, groups: Iterable[Archived]) -> None:
         numbers = [number for number, _ in archive.files(self._rollouts, "unconsumed")]
@@ -171,6 +173,11 @@ class Recording:
         path.unlink(missing_ok=True)
 
 
+def _keys(record: StepRecord) -> list[Key]:
+    """Of the groups that were trained on."""
+    return [Key(group_id, record.attempts.get(group_id, 0)) for group_id in record.group_ids]
+
+
 def _name(group: ScoredGroup) -> tuple[int, int, int]:
     """What tells groups apart: evaluations of different versions reuse their ids."""
     lease = group.group.lease
@@ -181,8 +188,8 @@ class StepTicket(msgspec.Struct, frozen=True):
     """Which groups of the journal belong to a version's files."""
 
     version: int
-    consumed: list[int]
-    evaluated: list[int]
+    consumed: list[Key]
+    evaluated: list[Key]
     notes: dict[str, str]
     """The policy in force while the groups were consumed."""
 

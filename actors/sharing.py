@@ -16,7 +16,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from vtriune.messages import Group, Lease
-from vtriune.runtime import ActorError, ActorMesh, MeshFailure
+from vtriune.runtime import ActorError, ActorMesh, ConnectionLost, MeshFailure
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ async def sample_shared(
         try:
             group: Group = await other.sample.call_one(share)
             return group
-        except (MeshFailure, ActorError) as error:
+        except (MeshFailure, ConnectionLost, ActorError) as error:
             log.warning("group %d: a share is sampled at home: %s", lease.group_id, str(error).splitlines()[0])
             return await sample(share)
 

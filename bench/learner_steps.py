@@ -141,7 +141,7 @@ class OurStep:
         """One whole step, image features included; the learner's metrics, `seconds`, `cpu_s`."""
         self._prompts = work.prompts
         groups = work.groups()
-        self.learner.inbox.restore([])
+        self.learner.inbox.restore({"consumed": [], "open_from": 0})
         self.learner.prompts.forget_features()
         self.learner.prompts._prompts.clear()
         for group in groups:

@@ -138,7 +138,7 @@ class Sequence:
         """A report of a group that has been reported already."""
         known = [group_id for group_id in self.scored if group_id not in self.ended] or list(self.ended)
         if known:
-            self._expect(not self.ledger.report(self.random.choice(known), 0), "a duplicate was taken for news")
+            self._expect(not self.ledger.report(self.random.choice(known), 0, 0), "a duplicate was taken for news")
             self.counts["duplicates"] += 1
 
     def switch(self) -> None:
@@ -216,7 +216,12 @@ class Sequence:
 
     def _report(self, group_id: int) -> None:
         self.running.remove(group_id)
-        self._expect(self.ledger.report(group_id, self.bounds[group_id][0]), "a first report was taken for a duplicate")
+        attempt = self.random.randint(0, self.ledger.get(group_id).attempt)
+        is_news = self.ledger.report(group_id, attempt, self.bounds[group_id][0])
+        self._expect(is_news, "a first report was taken for a duplicate")
+        self._expect(
+            self.ledger.attempts([group_id]) == {group_id: attempt}, "another attempt counts than was reported"
+        )
         if self.has_filter and self.random.random() < 0.4:
             self.ledger.filter(group_id)
             self.window.drop(group_id)

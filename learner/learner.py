@@ -92,7 +92,8 @@ class Learner:
     def train(self, order: TrainOrder) -> TrainReport:
         """One rollout batch: every update of `order`. Collective. Raises StaleTrajectory, DeliveryError, PromptMismatch."""
         started = time.perf_counter()
-        batches = [self.inbox.take(ids) for ids in order.updates]
+        batches = [self.inbox.take(ids, order.attempts) for ids in order.updates]
+        self.inbox.forget_below(order.open_from)
         examples = [item for batch in batches for item in batch]
         staleness = check_staleness(examples, order.version, order.max_staleness)
         tally = Tally(sorted({item.scored.source for item in examples}))

@@ -61,6 +61,7 @@ def read_run(config: Config, run: Path) -> Iterator[Batch]:
             correction=correction(config, stance),
             first_update=num_updates,
             num_updates_total=num_updates_total,
+            attempts={group.group.lease.group_id: group.group.lease.attempt for group in groups},
         )
         num_updates += len(updates)
         yield Batch(groups, order)

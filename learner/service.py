@@ -117,7 +117,7 @@ class LearnerService:
         wanted = [group_id for ids in order.updates for group_id in ids]
         inbox = self.learner.inbox
         with self._arrived:
-            self._arrived.wait_for(lambda: not inbox.missing(wanted), DELIVERY_DEADLINE_S)
+            self._arrived.wait_for(lambda: not inbox.missing(wanted, order.attempts), DELIVERY_DEADLINE_S)
         # Absent after the deadline: `train` raises and names them.
         return self.learner.train(order)
 

@@ -59,11 +59,11 @@ def begin_save(learner: Learner, folder: Path, group: dist.ProcessGroup | None =
     )
     section = learner.config.model
     weights = hugging_face.snapshot(learner.policy.model, Path(section.path), section.dtype, keeps=learner.rank == 0)
-    consumed = learner.inbox.consumed()
+    groups = learner.inbox.state()
     if learner.rank:
         return Writing(folder, [sharded])
     with_threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-    whole = with_threads.submit(_write_whole, weights, consumed, folder)
+    whole = with_threads.submit(_write_whole, weights, groups, folder)
     with_threads.shutdown(wait=False)
     return Writing(folder, [sharded, whole])
 
@@ -87,14 +87,14 @@ def load(learner: Learner, folder: Path) -> None:
     set_optimizer_state_dict(model, learner.optimizer.adamw, optim_state_dict=state["optimizer"])
     for value in state["rng"].values():
         torch.set_rng_state(value)
-    learner.inbox.restore(json.loads((folder / "learner.json").read_text())["consumed"])
+    learner.inbox.restore(json.loads((folder / "learner.json").read_text()))
     learner.prompts.forget_features()
 
 
-def _write_whole(weights: hugging_face.Snapshot, consumed: list[int], folder: Path) -> None:
+def _write_whole(weights: hugging_face.Snapshot, groups: dict[str, Any], folder: Path) -> None:
     """What rank 0 writes besides its shards."""
     hugging_face.write_folder(weights, folder / "hf")
-    (folder / "learner.json").write_text(json.dumps({"consumed": consumed}))
+    (folder / "learner.json").write_text(json.dumps(groups))
 
 
 def _sharded(learner: Learner) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class Controller:
         """Per version: wait, train, publish, evaluate, record, checkpoint."""
         await self._publisher.refit(self.window.version)
         if self.window.version == 0 and self.config.evaluation.before:
-            await self._record(0, [], await self._evaluate(is_due=True))
+            await self._record(0, {}, await self._evaluate(is_due=True))
         self.ring()
         while self.window.version < self.num_versions:
             started = time.monotonic()
@@ -145,7 +145,8 @@ class Controller:
             if batch is None:
                 break
             waited = time.monotonic() - started
-            metrics = await self._train_on(batch)
+            attempts = self.leasing.ledger.attempts(batch)
+            metrics = await self._train_on(batch, attempts)
             metrics |= await self._publisher.publish(self.window.version + 1)
             metrics |= self._finish_version(batch, waited, time.monotonic() - started)
             metrics |= await self._fleet.figures()
@@ -154,7 +155,7 @@ class Controller:
                 "generators": metrics.get("generators/idle_share", 0.0),
             }
             metrics |= await self._evaluate(self._is_evaluation_due())
-            await self._record(self.window.version, batch, metrics)
+            await self._record(self.window.version, attempts, metrics)
             await self._save(is_last=False)
         await self._save(is_last=True)
 
@@ -191,7 +192,7 @@ class Controller:
         else:
             await self._change()
 
-    async def _train_on(self, batch: list[int]) -> dict[str, float]:
+    async def _train_on(self, batch: list[int], attempts: dict[int, int]) -> dict[str, float]:
         policy, ledger = self.config.policy, self.leasing.ledger
         is_on_policy = self.stance.mode == "on_policy"
         update_batch = policy.rollout_batch if is_on_policy else policy.update_batch or policy.rollout_batch
@@ -202,6 +203,8 @@ class Controller:
             correction=correction(self.config, self.stance),
             first_update=self.num_updates,
             num_updates_total=self.num_versions * (policy.rollout_batch // update_batch),
+            attempts=attempts,
+            open_from=ledger.open_from(batch),
         )
         started = time.monotonic()
         reports: list[TrainReport] = [report for _, report in (await self._learner.train.call(order)).items()]
@@ -256,8 +259,8 @@ class Controller:
         metrics = await self._evaluation.run(self._tend_fleet)
         return {**metrics, "time/evaluate_s": time.monotonic() - started}
 
-    async def _record(self, version: int, batch: list[int], metrics: dict[str, float]) -> None:
-        record = StepRecord(version, self.num_updates, batch, metrics)
+    async def _record(self, version: int, attempts: dict[int, int], metrics: dict[str, float]) -> None:
+        record = StepRecord(version, self.num_updates, list(attempts), metrics, attempts)
         self._watcher.show(await self._recorder.record_step.call_one(record))
 
     async def _save(self, *, is_last: bool) -> None:

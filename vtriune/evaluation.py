@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from vtriune.config.tree import Config
 from vtriune.data.store import Store
 from vtriune.fleet import Engine, Fleet
-from vtriune.messages import GroupReport, Lease, SampleRef, Sampling
-from vtriune.runtime import MeshFailure
+from vtriune.messages import GroupReport, Lease, Sampling
+from vtriune.runtime import ConnectionLost, MeshFailure
 
 
 class Evaluation:
@@ -45,22 +45,25 @@ class Evaluation:
         return metrics
 
     async def _pass(self, kind: str, wait_for_engine: Callable[[], Awaitable[None]]) -> list[GroupReport]:
-        """One report per row. A row whose generator died goes to another one."""
+        """One report per row. A row whose generator died, or cannot be reached, goes to another one, under the same id: should both
+        be scored, the recorder keeps one."""
         sampling = Sampling(
             temperature=1.0 if kind == "sampled" else 0.0,
             max_tokens=self._config.sampling.max_tokens,
             seed=self._config.run.seed if self._config.sampling.seeded else None,
         )
-        waiting, reports = deque(self._rows), []
-        running: dict[asyncio.Task[GroupReport], tuple[SampleRef, Engine]] = {}
+        waiting = deque(
+            Lease(next(self._ids), 0, row, 1, sampling, purpose="evaluate", progress=1.0) for row in self._rows
+        )
+        running: dict[asyncio.Task[GroupReport], tuple[Lease, Engine]] = {}
+        reports = []
         try:
             while waiting or running:
                 engine = self._fleet.pick(1) if waiting else None
                 if engine is not None:
-                    sample = waiting.popleft()
-                    lease = Lease(next(self._ids), 0, sample, 1, sampling, purpose="evaluate", progress=1.0)
+                    lease = waiting.popleft()
                     self._fleet.reserve(engine, lease)
-                    running[asyncio.create_task(self._fleet.generate(engine, lease))] = sample, engine
+                    running[asyncio.create_task(self._fleet.generate(engine, lease))] = lease, engine
                 elif not running:
                     await wait_for_engine()
                     continue
@@ -68,12 +71,14 @@ class Evaluation:
                     running, timeout=None if engine is None else 0, return_when=asyncio.FIRST_COMPLETED
                 )
                 for task in done:
-                    sample, engine = running.pop(task)
+                    lease, engine = running.pop(task)
                     try:
                         reports.append(task.result())
                     except MeshFailure as failure:
                         self._fleet.bury(engine, str(failure).splitlines()[0])
-                        waiting.append(sample)
+                        waiting.append(lease)
+                    except ConnectionLost:
+                        waiting.append(lease)
             return reports
         finally:
             for task in running:

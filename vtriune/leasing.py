@@ -19,7 +19,7 @@ from vtriune.data.store import Store
 from vtriune.fleet import Engine, Fleet
 from vtriune.ledger import Ledger, LedgerState, OpenGroup
 from vtriune.messages import GroupReport, Lease, Sampling
-from vtriune.runtime import ActorError, MeshFailure
+from vtriune.runtime import ActorError, ConnectionLost, MeshFailure
 from vtriune.window import Window
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,9 @@ class Leasing:
             if engine.incarnation == incarnation:
                 self._fleet.bury(engine, str(failure).splitlines()[0])
             self._lose(lease.group_id, lease.attempt, "generator died")
+        except ConnectionLost as error:
+            # The generator lives, and may even deliver: the ledger takes whichever attempt is reported first.
+            self._lose(lease.group_id, lease.attempt, str(error))
         except ActorError as error:
             if error.type_name.rpartition(".")[2] in FATAL_ERRORS:
                 raise
@@ -134,7 +137,7 @@ class Leasing:
 
     def _resolve(self, report: GroupReport) -> None:
         """A scored group joins the window, or is filtered."""
-        if self.ledger.report(report.group_id, report.oldest_version):
+        if self.ledger.report(report.group_id, report.attempt, report.oldest_version):
             self._num_completions += len(report.rewards) + report.num_faults
             self._num_tokens += report.num_tokens
             if self._is_filtered(report):

@@ -35,6 +35,7 @@ class OpenGroup(msgspec.Struct):
     """The hard bound in force at admission."""
     state: State = "admitted"
     attempt: int = 0
+    """Of the lease; once scored, that of the report that counted."""
     generator: int | None = None
     deadline: float | None = None
     """Of the lease, on the caller's clock."""
@@ -82,10 +83,11 @@ class Ledger:
         group.state, group.generator, group.deadline = "leased", generator, deadline
         return group.attempt
 
-    def report(self, group_id: int, oldest_version: int) -> bool:
+    def report(self, group_id: int, attempt: int, oldest_version: int) -> bool:
         """The group is scored and delivered. False for a duplicate: it is counted and changes nothing.
 
-        The first report counts, of whichever attempt: also while the group waits to be leased again.
+        The first report counts, of whichever attempt: also while the group waits to be leased again. That attempt is everywhere
+        when it is reported, which cannot be said of any other.
         """
         group = self._open.get(group_id)
         if group is None or group.state == "scored":
@@ -94,7 +96,7 @@ class Ledger:
             self.num_duplicates += 1
             return False
         self._unleased.discard(group_id)
-        group.state, group.oldest_version, group.deadline = "scored", oldest_version, None
+        group.state, group.attempt, group.oldest_version, group.deadline = "scored", attempt, oldest_version, None
         return True
 
     def lose_lease(self, group_id: int, attempt: int, reason: str) -> OpenGroup | None:
@@ -148,6 +150,14 @@ class Ledger:
     def num_to_lease(self) -> int:
         """Groups without a generator."""
         return len(self._unleased)
+
+    def attempts(self, group_ids: Iterable[int]) -> dict[int, int]:
+        """Group id → the attempt that counts, of scored groups."""
+        return {group_id: self._expect(group_id, "scored").attempt for group_id in group_ids}
+
+    def open_from(self, batch: Iterable[int]) -> int:
+        """The smallest id of an open group that is not in `batch`; the next id when there is none."""
+        return min(self._open.keys() - set(batch), default=self._next_id)
 
     def bounds(self) -> dict[int, int]:
         """Group id → hard bound of every open group, oldest first: what the window is restored from."""

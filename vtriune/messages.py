@@ -170,6 +170,11 @@ class TrainOrder(msgspec.Struct, frozen=True):
     """Number of updates done before this batch."""
     num_updates_total: int
     """Of the whole run, for warm-up."""
+    attempts: dict[int, int] = {}
+    """Group id → the attempt that counts; 0 where absent. A group leased twice may be delivered twice, in another order at every
+    rank: all of them must train on the same one."""
+    open_from: int = 0
+    """Every group of a smaller id has ended or is in `updates`: whatever else there is of it may be forgotten."""
 
 
 class TrainReport(msgspec.Struct, frozen=True):
@@ -212,3 +217,5 @@ class StepRecord(msgspec.Struct, frozen=True):
     group_ids: list[int]
     metrics: dict[str, float]
     """Learner's, publisher's and window's figures; the recorder adds the source-level ones."""
+    attempts: dict[int, int] = {}
+    """Group id → the attempt that was trained on; 0 where absent."""

@@ -15,7 +15,7 @@ import msgspec
 
 from vtriune.fleet import Engine, Fleet, Health
 from vtriune.messages import Canary, PublishOrder, PublishReport, Rendezvous
-from vtriune.runtime import ActorError, MeshFailure
+from vtriune.runtime import ActorError, ConnectionLost, MeshFailure
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Publisher:
     async def _canary_error(self, engines: Sequence[Engine]) -> float:
         """Largest |log π_learner − log π_engine| over the canary's tokens, in nats; raises PublishError above the limit.
 
-        An engine that dies over the canary is buried; the others' answers count.
+        An engine that dies or is cut off over the canary is buried; the others' answers count.
         """
         ours, *theirs = await asyncio.gather(
             _values(self._learner.canary.call(self._canary)),
@@ -132,7 +132,7 @@ class Publisher:
             raise ours
         error = 0.0
         for engine, answer in zip(engines, theirs, strict=True):
-            if isinstance(answer, MeshFailure):
+            if isinstance(answer, MeshFailure | ConnectionLost):
                 self._fleet.bury(engine, f"canary: {answer}")
             elif isinstance(answer, BaseException):
                 raise answer

@@ -102,7 +102,7 @@ class Model:
     def _report(self, group_id: int) -> None:
         group = self._groups.pop(group_id)
         self._load(group.engine, -self.schedule.group_size)
-        self.ledger.report(group_id, group.oldest_version)
+        self.ledger.report(group_id, 0, group.oldest_version)
         self.window.mark_scored(group_id)
         self._oldest[group_id] = group.oldest_version
         self._num_scored += 1

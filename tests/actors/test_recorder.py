@@ -73,11 +73,23 @@ def test_groups_that_no_step_consumed_are_archived_at_the_end(tmp_path: Path) ->
 def test_a_group_that_arrives_twice_is_kept_once_and_counted(tmp_path: Path) -> None:
     recording = Recording(tmp_path)
     recording.add(group(5, 1.0))
-    recording.add(group(5, 0.0, attempt=1))
+    recording.add(group(5, 0.0))
     metrics = finish(recording, StepRecord(1, 1, [5], {}))
     assert (metrics["archive/num_duplicates"], metrics["reward/mean"]) == (1.0, 0.5)
-    (item,) = archive.read(tmp_path / "rollouts/version-000001.parquet")
-    assert item.group.group.lease.attempt == 0
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_of_two_attempts_the_one_that_was_trained_on_is_archived_as_consumed(tmp_path: Path, trained: int) -> None:
+    recording = Recording(tmp_path)
+    for attempt in (1, 0):
+        recording.add(group(5, float(attempt), attempt=attempt))
+    assert not recording.is_complete(StepRecord(1, 1, [5], {}, {5: 2}))
+    metrics = finish(recording, StepRecord(1, 1, [5], {}, {5: trained}))
+    assert (metrics["reward/mean"], metrics["archive/num_missing"]) == (trained / 2, 0.0)
+    recording.close()
+    for kind, attempt in (("version", trained), ("unconsumed", 1 - trained)):
+        (item,) = archive.read(tmp_path / f"rollouts/{kind}-000001.parquet")
+        assert item.group.group.lease.attempt == attempt
 
 
 def test_a_step_without_one_of_its_groups_says_so(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def run_of(folder: Path, num_consumed: int) -> Path:
     for row in range(3):
         group = ledger.admit(SampleRef("rows", row), "rows", 0)
         ledger.lease(group.group_id, 0, 1.0)
-        ledger.report(group.group_id, 0)
+        ledger.report(group.group_id, 0, 0)
         ledger.consume([group.group_id])
     staging = stage(folder / "checkpoints", 1)
     (staging / STATE_FILE).write_bytes(msgspec.json.encode(RunState(1, 1, ledger.state(), {}, 0)))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.metrics.groups import scored, trajectory, verdict
 from vtriune.data import archive
 from vtriune.data.archive import Archived
-from vtriune.data.journal import Journal, recover
+from vtriune.data.journal import Journal, Key, key_of, recover
 from vtriune.messages import ScoredGroup, Trajectory, VersionSpan
 
 
@@ -127,18 +127,19 @@ def test_a_journal_is_a_dictionary_on_disk_that_outlives_its_process(
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal"
     journal, model = Journal(path), {}
-    for action, group_id in actions:
-        if action == "append" and group_id not in model:
-            model[group_id] = scored([verdict(0.5)], [trajectory(group_id + 1, seed=group_id)], group_id=group_id)
-            journal.append(model[group_id])
-        elif action == "forget" and group_id in model:
-            journal.forget([group_id])
-            del model[group_id]
+    for action, number in actions:
+        key = Key(number // 2, number % 2)
+        if action == "append" and key not in model:
+            model[key] = scored([verdict(0.5)], [trajectory(number + 1, seed=number)], **key._asdict())
+            journal.append(model[key])
+        elif action == "forget" and key in model:
+            journal.forget([key])
+            del model[key]
         assert len(journal) == len(model)
     assert all(same(one, other) for one, other in zip(journal.read(model), model.values(), strict=True))
     # Nothing was closed: this is what a kill leaves.
-    assert [group.group.lease.group_id for group in recover(path)] == list(model)
-    assert all(same(group, model[group.group.lease.group_id]) for group in recover(path))
+    assert [key_of(group.group.lease) for group in recover(path)] == list(model)
+    assert all(same(group, model[key_of(group.group.lease)]) for group in recover(path))
     journal.close()
     assert not path.exists()
 
@@ -157,10 +158,10 @@ def test_a_torn_tail_of_a_journal_costs_its_last_group_only(tmp_path: Path) -> N
 def test_a_journal_refuses_a_known_id_and_an_unknown_one(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     journal.append(scored([verdict(1.0)], group_id=4))
-    with pytest.raises(ValueError, match="group 4 is in the journal already"):
+    with pytest.raises(ValueError, match="group 4, attempt 0, is in the journal already"):
         journal.append(scored([verdict(1.0)], group_id=4))
     with pytest.raises(KeyError):
-        list(journal.read([5]))
+        list(journal.read([Key(4, 1)]))
     journal.close()
 
 
@@ -173,10 +174,10 @@ def test_a_journal_in_use_for_long_stays_small_in_memory_and_on_disk(tmp_path: P
     for group_id in range(400):
         journal.append(scored([verdict(1.0)] * 4, heavy, group_id=group_id))
         if group_id >= 10:
-            journal.forget([group_id - 10])
+            journal.forget([Key(group_id - 10, 0)])
     assert (tmp_path / "journal").stat().st_size < 200 * 2**20
     assert psutil.Process().memory_info().rss - before < 60 * 2**20
-    (back,) = journal.read([-1])
+    (back,) = journal.read([Key(-1, 0)])
     assert same(back, kept)
     journal.close()
 

@@ -59,7 +59,7 @@ def gradients(folder: Path, scenario: Scenario, mesh: Any) -> dict[str, torch.Te
         learner.deliver(group)
     order = runs.order_of(groups)
     tally = Tally(sorted({group.source for group in groups}))
-    update = learner._prepare(learner.inbox.take(order.updates[0]), order, tally)
+    update = learner._prepare(learner.inbox.take(order.updates[0], order.attempts), order, tally)
     learner._accumulate(update, order, tally, None)
     return {n: whole(p.grad) for n, p in policy.model.named_parameters() if p.grad is not None}
 
@@ -72,7 +72,7 @@ def steps(learner: Learner, groups: list[ScoredGroup], first: int, num: int) -> 
     """`num` versions of two updates each, on the same groups."""
     reports = []
     for version in range(first, first + num):
-        learner.inbox.restore([])
+        learner.inbox.restore({"consumed": [], "open_from": 0})
         for group in groups:
             learner.deliver(group)
         reports.append(learner.train(TrainOrder(0, [[0, 1, 2], [3, 4, 5]], 0, "none", 2 * version, 100)).metrics)

@@ -37,7 +37,7 @@ def prepared(
     for group in groups:
         learner.deliver(group)
     tally = Tally(sorted({group.source for group in groups}))
-    return learner, learner._prepare(learner.inbox.take(order.updates[0]), order, tally), order, tally
+    return learner, learner._prepare(learner.inbox.take(order.updates[0], order.attempts), order, tally), order, tally
 
 
 @torch.no_grad()

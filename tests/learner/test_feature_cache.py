@@ -111,7 +111,7 @@ def test_weights_that_are_loaded_anew_are_not_served_the_old_ones_features(
         for parameter in learner.policy.model.model.visual.parameters():
             parameter.mul_(1.1)
     learner.prompts.forget_features()
-    learner.inbox.restore([])
+    learner.inbox.restore({"consumed": [], "open_from": 0})
     num_calls = len(calls)
     train(learner, groups)
     assert len(calls) > num_calls

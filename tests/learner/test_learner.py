@@ -189,7 +189,7 @@ def test_an_entropy_bonus_raises_entropy(folder: Path) -> None:
     for weight in (0.0, 0.5):
         learner = a_learner(folder, world, loss={"entropy_weight": weight}, optimizer={"lr": 3e-3, "warmup": 0.0})
         for _ in range(4):
-            learner.inbox.restore([])
+            learner.inbox.restore({"consumed": [], "open_from": 0})
             metrics = trained(learner, groups)
         entropies.append(metrics["entropy"])
     assert entropies[1] > entropies[0] + 0.01
@@ -266,7 +266,7 @@ def test_images_of_a_frozen_tower_are_encoded_once_and_the_cache_is_bounded(fold
     original = learner.policy.encode
     learner.policy.encode = lambda pixels, grids: calls.append(len(grids)) or original(pixels, grids)  # type: ignore[method-assign]
     for _ in range(2):
-        learner.inbox.restore([])
+        learner.inbox.restore({"consumed": [], "open_from": 0})
         trained(learner, groups)
     assert sum(calls) == sum(len(f.image_grid_thw) for f in world.features)
     assert learner.prompts._num_bytes == sum(t.nbytes for t in learner.prompts._features.values()) > 0

@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,8 +26,11 @@ from vtriune.messages import (
 )
 from vtriune.publisher import Publisher
 from vtriune.run_state import Snapshots
-from vtriune.runtime import MeshFailure
+from vtriune.runtime import ConnectionLost, MeshFailure
 from vtriune.transport.wire import FailureNote
+
+Cut = Literal["mid-group", "mid-ack"] | None
+"""When the connection to a living generator breaks."""
 
 CANARY = Canary(SampleRef("held-out", 0), np.arange(3, dtype=np.int32))
 
@@ -96,9 +99,14 @@ class FakeGenerator:
             assert first >= stage.controller.window.version, "a lease was given to an engine that holds an old version"
         await asyncio.sleep(stage.generation_s(lease))
         self.check_alive()
+        cut = stage.cut(lease)
+        if cut == "mid-group":
+            raise ConnectionLost("the connection broke while it sampled")
         rewards = stage.rewards(lease)
         if lease.purpose == "train":
-            stage.delivered.setdefault(lease.group_id, first)
+            stage.delivered.setdefault((lease.group_id, lease.attempt), first)
+        if cut == "mid-ack":
+            raise ConnectionLost("the connection broke after it delivered")
         source = stage.store.source(lease.sample.row)
         return GroupReport(
             lease.group_id, lease.attempt, source, first, self.version, 10 * lease.num_completions, rewards,
@@ -145,7 +153,7 @@ class FakeLearner:
         assert order.version == self.version
         await asyncio.sleep(stage.training_s)
         for group_id in (g for update in order.updates for g in update):
-            staleness = order.version - stage.delivered[group_id]
+            staleness = order.version - stage.delivered[group_id, order.attempts.get(group_id, 0)]
             assert 0 <= staleness <= order.max_staleness
             assert group_id not in stage.consumed
             stage.consumed[group_id] = staleness
@@ -203,7 +211,8 @@ class Stage:
         self.random = random.Random(seed)
         self.store = Rows(num_rows)
         self.training_s = training_s
-        self.delivered: dict[int, int] = {}
+        self.delivered: dict[tuple[int, int], int] = {}
+        """Group id and attempt → oldest version"""
         self.consumed: dict[int, int] = {}
         self.orders: list[TrainOrder] = []
         self.records: list[StepRecord] = []
@@ -214,6 +223,7 @@ class Stage:
         self.generators: list[FakeGenerator] = []
         self.slow: set[int] = set()
         self.equal_rewards: Callable[[Lease], bool] = lambda lease: False
+        self.cut: Callable[[Lease], Cut] = lambda lease: None
         self.controller: Controller
         self._folder = folder
         self._fleet_size, self._room, self._restarts = num_generators, room, restarts

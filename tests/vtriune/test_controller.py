@@ -1,6 +1,7 @@
 """The controller over handwritten actors: bounds, exactly-once, faults, switches and stops, without a process."""
 
 import asyncio
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -83,6 +84,36 @@ async def test_a_dead_generators_groups_are_generated_by_the_others(tmp_path: Pa
     assert counts["consumed"] == 48
     assert counts["lost"] == 0
     assert stage.records[-1].metrics["generators/deaths"] == 1
+
+
+@pytest.mark.parametrize("policy", [ON, OFF], ids=["on_policy", "off_policy"])
+async def test_cut_off_generators_cost_leases_and_no_group_also_when_it_had_been_delivered(
+    tmp_path: Path, policy: Policy
+) -> None:
+    stage = Stage(tmp_path, policy, steps=12, training_s=0.002, evaluate_every=4)
+    chance = random.Random(3)
+    # Never on a last attempt, which would lose the group.
+    stage.cut = lambda lease: (
+        chance.choice([None, None, "mid-group", "mid-ack"])
+        if lease.attempt < 2 and (lease.purpose == "train" or chance.random() < 0.5)
+        else None
+    )
+    controller = await stage.run()
+    ledger = controller.leasing.ledger
+    ledger.audit()
+    counts = ledger.counts()
+    assert (counts["consumed"], counts["lost"]) == (12 * 6, 0)
+    assert ledger.num_reissues > 12
+    trained = [order.attempts for order in stage.orders]
+    assert {attempt for attempts in trained for attempt in attempts.values()} == {0, 1, 2}
+    assert [record.attempts for record in stage.records] == trained, (
+        "the recorder archives the attempt that was trained on"
+    )
+    assert len(stage.delivered) > len(stage.consumed), "some groups were delivered by two attempts"
+    open_from = [order.open_from for order in stage.orders]
+    assert open_from == sorted(open_from)
+    assert all(order.open_from > min(batch) for order, batch in zip(stage.orders, trained, strict=True))
+    assert stage.records[-1].metrics["generators/deaths"] == 0
 
 
 async def test_groups_are_shared_out_when_there_are_fewer_than_idle_generators(tmp_path: Path) -> None:

@@ -40,9 +40,11 @@ class Story(RuleBasedStateMachine):
     def report(self, data: st.DataObject) -> None:
         group_id = data.draw(st.sampled_from(sorted(self.states)))
         first = self.states[group_id] in ("admitted", "leased")
-        assert self.ledger.report(group_id, oldest_version=0) is first
+        attempt = data.draw(st.integers(0, self.attempts[group_id]))
+        assert self.ledger.report(group_id, attempt, oldest_version=0) is first
         if first:
-            self.states[group_id] = "scored"
+            self.states[group_id], self.attempts[group_id] = "scored", attempt
+            assert self.ledger.attempts([group_id]) == {group_id: attempt}, "the first report counts, whichever it is"
 
     @precondition(lambda self: self.those("leased"))
     @rule(data=st.data(), stale=st.booleans())
@@ -97,7 +99,7 @@ TestEveryGroupEndsOnce = Story.TestCase
 
 def test_a_report_of_a_group_never_admitted_is_a_fault_of_ours() -> None:
     with pytest.raises(LedgerError, match="never admitted"):
-        Ledger().report(3, oldest_version=0)
+        Ledger().report(3, 0, oldest_version=0)
 
 
 def test_groups_of_a_dead_generator_are_found_by_its_rank() -> None:

@@ -9,12 +9,12 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
 
-from vtriune.messages import ScoredGroup
+from vtriune.messages import Lease, ScoredGroup
 
 _HEAD = struct.Struct("<cQ")
 _GROUP, _FORGOTTEN = b"G", b"F"
@@ -22,10 +22,22 @@ _COMPACT_BYTES = 64 * 2**20
 """Dead bytes from which, when they outweigh the living, the file is written anew."""
 
 
-class Journal:
-    """Groups by id, in one append-only file at `path`. Starts empty: whatever is at `path` must have been recovered before.
+class Key(NamedTuple):
+    """What tells deliveries apart: a group that was leased twice may be delivered twice, and the two differ."""
 
-    A record is a kind, a length and msgpack: a group, or the ids of groups that are forgotten. Methods may be called from
+    group_id: int
+    attempt: int
+
+
+def key_of(lease: Lease) -> Key:
+    """Of what a lease brought."""
+    return Key(lease.group_id, lease.attempt)
+
+
+class Journal:
+    """Groups by key, in one append-only file at `path`. Starts empty: whatever is at `path` must have been recovered before.
+
+    A record is a kind, a length and msgpack: a group, or the keys of groups that are forgotten. Methods may be called from
     several threads.
     """
 
@@ -33,46 +45,46 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file: BinaryIO = path.open("w+b")
-        self._places: dict[int, tuple[int, int]] = {}
+        self._places: dict[Key, tuple[int, int]] = {}
         self._num_dead_bytes = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __contains__(self, group_id: int) -> bool:
-        return group_id in self._places
+    def __contains__(self, key: Key) -> bool:
+        return key in self._places
 
     def append(self, group: ScoredGroup) -> None:
-        """Add `group` under its id, which must be new. Handed to the kernel when this returns: it survives this process."""
-        group_id = group.group.lease.group_id
-        if group_id in self._places:
-            raise ValueError(f"group {group_id} is in the journal already")
+        """Add `group` under its key, which must be new. Handed to the kernel when this returns: it survives this process."""
+        key = key_of(group.group.lease)
+        if key in self._places:
+            raise ValueError(f"group {key.group_id}, attempt {key.attempt}, is in the journal already")
         data = _encode(group)
         with self._lock:
-            self._places[group_id] = (self._write(_GROUP, data), len(data))
+            self._places[key] = (self._write(_GROUP, data), len(data))
 
-    def read(self, group_ids: Iterable[int]) -> Iterator[ScoredGroup]:
-        """The groups of those ids, in that order; KeyError for an unknown one."""
-        for group_id in group_ids:
+    def read(self, keys: Iterable[Key]) -> Iterator[ScoredGroup]:
+        """The groups of those keys, in that order; KeyError for an unknown one."""
+        for key in keys:
             with self._lock:
-                start, length = self._places[group_id]
+                start, length = self._places[key]
                 data = os.pread(self._file.fileno(), length, start)
             yield _decode(data)
 
-    def forget(self, group_ids: Iterable[int]) -> None:
+    def forget(self, keys: Iterable[Key]) -> None:
         """Drop groups; their bytes are reclaimed when the journal runs empty, or by rewriting when the dead outweigh the living."""
-        ids = list(group_ids)
+        gone = list(keys)
         with self._lock:
-            for group_id in ids:
-                self._num_dead_bytes += self._places.pop(group_id)[1]
+            for key in gone:
+                self._num_dead_bytes += self._places.pop(key)[1]
             if not self._places:
                 self._file.truncate(0)
                 self._num_dead_bytes = 0
             elif self._num_dead_bytes > max(_COMPACT_BYTES, sum(length for _, length in self._places.values())):
                 self._compact()
             else:
-                self._write(_FORGOTTEN, msgspec.msgpack.encode(ids))
+                self._write(_FORGOTTEN, msgspec.msgpack.encode(gone))
 
     def close(self) -> None:
         """Close and remove the file; what is in it must have been read. Idempotent."""
@@ -91,8 +103,8 @@ class Journal:
         old, places = self._file, self._places
         temporary = self.path.with_name(f".{self.path.name}.partial")
         self._file, self._places, self._num_dead_bytes = temporary.open("w+b"), {}, 0
-        for group_id, (start, length) in places.items():
-            self._places[group_id] = (self._write(_GROUP, os.pread(old.fileno(), length, start)), length)
+        for key, (start, length) in places.items():
+            self._places[key] = (self._write(_GROUP, os.pread(old.fileno(), length, start)), length)
         temporary.replace(self.path)
         old.close()
 
@@ -102,7 +114,7 @@ def recover(path: Path) -> list[ScoredGroup]:
 
     Empty when there is no file. Memory: all of them, once, at the start of a resumed run.
     """
-    groups: dict[int, ScoredGroup] = {}
+    groups: dict[Key, ScoredGroup] = {}
     if not path.is_file():
         return []
     with path.open("rb") as file:
@@ -113,10 +125,10 @@ def recover(path: Path) -> list[ScoredGroup]:
                 break
             if kind == _GROUP:
                 group = _decode(data)
-                groups[group.group.lease.group_id] = group
+                groups[key_of(group.group.lease)] = group
             else:
-                for group_id in msgspec.msgpack.decode(data, type=list[int]):
-                    groups.pop(group_id, None)
+                for key in msgspec.msgpack.decode(data, type=list[Key]):
+                    groups.pop(key, None)
     return list(groups.values())
 
 
