@@ -14,17 +14,13 @@ from vtriune.transport.folder import SocketFolder, sweep
 def test_the_folder_is_for_its_owner_only_and_is_removed_once() -> None:
     # pytest's own folders may be too deep for a Unix socket.
     with tempfile.TemporaryDirectory() as parent:
-        check_a_folder_in(Path(parent))
-
-
-def check_a_folder_in(tmp_path: Path) -> None:
-    folder = SocketFolder(tmp_path)
-    assert folder.path.stat().st_mode & 0o777 == 0o700
-    assert folder.address("root") == f"ipc://{folder.path}/root"
-    (folder.path / "root").touch()
-    folder.remove()
-    folder.remove()
-    assert list(tmp_path.iterdir()) == []
+        folder = SocketFolder(Path(parent))
+        assert folder.path.stat().st_mode & 0o777 == 0o700
+        assert folder.address("root") == f"ipc://{folder.path}/root"
+        (folder.path / "root").touch()
+        folder.remove()
+        folder.remove()
+        assert list(Path(parent).iterdir()) == []
 
 
 def test_folders_of_dead_owners_are_swept_and_those_of_living_ones_kept(tmp_path: Path) -> None:
