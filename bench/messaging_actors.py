@@ -23,6 +23,10 @@ class Echo(Actor):
         return len(data)
 
     @endpoint
+    async def look(self, data: memoryview) -> int:
+        return data.nbytes
+
+    @endpoint
     async def nap(self, seconds: float) -> int:
         await asyncio.sleep(seconds)
         return os.getpid()

@@ -10,6 +10,7 @@ table, and writes a JSON file and a plot.
 | tokens/s       | `throughput/tokens_per_s`, weighted by time                                                          |
 | learner idle   | share of the time in which it neither trained nor published                                          |
 | generator idle | `generators/idle_share`, where the run records it                                                    |
+| verifier idle  | `verifiers/idle_share`: no group was being verified                                                  |
 | publish        | `publish/seconds` per version; in it transfer, and the engines' pause                                |
 """
 
@@ -104,6 +105,7 @@ def summarise(lines: Sequence[Line], group_size: int, num_unmeasured: int) -> di
         "wait_s": _mean(measured, "time/wait_s"),
         "learner_idle": max(0.0, 1 - busy_s / seconds),
         "generator_idle": _mean(measured, "generators/idle_share"),
+        "verifier_idle": _mean(measured, "verifiers/idle_share"),
         "publish_s": _mean(measured, "publish/seconds"),
         "transfer_s": _mean(measured, "publish/transfer_s"),
         "pause_s": _mean(measured, "publish/pause_s"),
@@ -119,7 +121,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per setting; the first one's throughput is 1."""
     head = (
         f"{'setting':<14}{'samples/s':>11}{'×':>7}{'tokens/s':>11}{'step s':>9}{'train s':>9}{'wait s':>9}"
-        f"{'learner idle':>14}{'generator idle':>16}{'publish s':>11}{'pause s':>9}{'staleness':>14}"
+        f"{'learner idle':>14}{'generator idle':>16}{'verifier idle':>15}{'publish s':>11}{'pause s':>9}{'staleness':>14}"
     )
     return "\n".join([head, *(_line(row, rows[0]["samples_per_s"]) for row in rows)])
 
@@ -191,6 +193,7 @@ def _line(row: dict[str, Any], first: float) -> str:
         f"{row['setting']:<14}{row['samples_per_s']:>11.1f}{row['samples_per_s'] / first:>7.2f}{row['tokens_per_s']:>11.0f}"
         f"{row['step_s']:>9.2f}{cell(row['train_s'], 9, '.2f')}{cell(row['wait_s'], 9, '.2f')}"
         f"{cell(row['learner_idle'], 14, '.0%')}{cell(row['generator_idle'], 16, '.0%')}"
+        f"{cell(row['verifier_idle'], 15, '.0%')}"
         f"{cell(row['publish_s'], 11, '.3f')}{cell(row['pause_s'], 9, '.3f')}{staleness:>14}"
     )
 

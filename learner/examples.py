@@ -111,7 +111,8 @@ class Inbox:
     """Delivered examples by group id and attempt, until trained.
 
     Several attempts of a group may come, at each rank in an order of its own; the order to train names the one that counts. What
-    comes twice, too late, or was never ordered is counted and dropped, so memory stays that of the window.
+    comes twice or too late is counted and dropped, what the policy filtered is dropped when its turn has passed: memory stays
+    that of the window.
     """
 
     def __init__(self) -> None:

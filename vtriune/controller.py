@@ -150,9 +150,11 @@ class Controller:
             metrics |= await self._publisher.publish(self.window.version + 1)
             metrics |= self._finish_version(batch, waited, time.monotonic() - started)
             metrics |= await self._fleet.figures()
+            metrics["verifiers/idle_share"] = self.leasing.take_verifier_idle_share()
             self._idle = {
                 "learner": metrics["time/wait_s"] / metrics["time/step_s"],
                 "generators": metrics.get("generators/idle_share", 0.0),
+                "verifiers": metrics["verifiers/idle_share"],
             }
             metrics |= await self._evaluate(self._is_evaluation_due())
             await self._record(self.window.version, attempts, metrics)

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from vtriune.busy import Busy
 from vtriune.config.tree import Config
 from vtriune.data.loader import Cursor
 from vtriune.data.store import Store
@@ -44,6 +45,7 @@ class Leasing:
         self.is_stopped = False
         self._num_completions = 0
         self._num_tokens = 0
+        self._verifying = Busy(time.monotonic())
         self._config = config
         self._store = store
         self._fleet = fleet
@@ -77,6 +79,10 @@ class Leasing:
         counts = self._num_completions, self._num_tokens
         self._num_completions = self._num_tokens = 0
         return counts
+
+    def take_verifier_idle_share(self) -> float:
+        """Share of the time since the last call in which no group was being verified."""
+        return self._verifying.take_idle_share(time.monotonic())
 
     def restore(self, state: LedgerState, cursor: dict[str, object], version: int, num_filtered: int) -> None:
         """Take up again from a checkpoint."""
@@ -137,6 +143,7 @@ class Leasing:
 
     def _resolve(self, report: GroupReport) -> None:
         """A scored group joins the window, or is filtered."""
+        self._verifying.ended(report.verification_s, time.monotonic())
         if self.ledger.report(report.group_id, report.attempt, report.oldest_version):
             self._num_completions += len(report.rewards) + report.num_faults
             self._num_tokens += report.num_tokens

@@ -81,7 +81,8 @@ def _open(
     )
     store = build_store(_expand(key, patterns), folder, checks=checks, on_bad_row=config.data.on_bad_row)
     note = f", {store.num_quarantined} rows quarantined in {store.quarantine_path}" if store.num_quarantined else ""
-    say(f"{key}: {len(store)} rows of {len(store.sources())} sources{note}")
+    num_sources = len(store.sources())
+    say(f"{key}: {len(store)} rows of {num_sources} source{'s' * (num_sources != 1)}{note}")
     return store
 
 
