@@ -135,7 +135,8 @@ class Generator(Actor):
             except (MeshFailure, ConnectionLost) as failure:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
-                log.warning("group %d is scored again: %s", group.lease.group_id, str(failure).splitlines()[0])
+                if pause == _FIRST_PAUSE_S:
+                    log.warning("group %d is scored again: %s", group.lease.group_id, str(failure).splitlines()[0])
             except ActorError as error:
                 if error.type_name.endswith(f".{FaultRateError.__name__}"):
                     # Under a name the controller knows as fatal; a remote error would only lose the lease.

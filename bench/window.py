@@ -41,7 +41,7 @@ class Sequence:
         oversample = self.random.choice([1.0, 1.5, 2.0, 3.0])
         self.limits = self._draw_limits()
         self.window = Window(self.limits, self.rollout_batch, max_oversample=oversample)
-        self.ledger = Ledger(max_attempts=self.random.randint(1, 3))
+        self.ledger = Ledger(self.random.randint(1, 3), self.random.randint(1, 3))
         self.has_filter = self.random.random() < 0.5
         self.bounds: dict[int, tuple[int, int]] = {}
         """group → (version it was admitted at, or came back at, bound)"""
@@ -123,7 +123,8 @@ class Sequence:
         group_id = self.random.choice(self.running)
         group = self.ledger.get(group_id)
         self._expect(self.ledger.lose_lease(group_id, group.attempt - 1, "late") is None, "an outdated loss counted")
-        if self.ledger.lose_lease(group_id, group.attempt, "died") is not None:
+        is_death = self.random.random() < 0.5
+        if self.ledger.lose_lease(group_id, group.attempt, "died", is_death=is_death) is not None:
             first = self.ledger.first_to_lease()
             self._expect(
                 first is not None and first.group_id == group_id, "the lost lease is not the next to be issued"
@@ -152,7 +153,7 @@ class Sequence:
         if self.batch is not None or self.random.random() < 0.7:
             return
         state = msgspec.json.decode(msgspec.json.encode(self.ledger.state()), type=LedgerState)
-        self.ledger = Ledger(max_attempts=self.ledger.max_attempts)
+        self.ledger = Ledger(self.ledger.max_failures, self.ledger.max_deaths)
         self.ledger.restore(state)
         window = Window(self.limits, self.rollout_batch, max_oversample=self.window.max_oversample)
         window.restore(self.window.version, self.ledger.bounds(), self.window.num_filtered)

@@ -5,7 +5,7 @@
                                    └── lose_lease ─┘        report ─▶ window.mark_scored | filtered
 
 A lease ends by its report, by an error, or by its deadline. An error that is no process's death is a fault of ours or of the
-sample; the group is tried again elsewhere and, after `ledger.max_attempts`, lost by name. Many lost groups end the run.
+sample; the group is tried again elsewhere and, after `ledger.max_failures`, lost by name. Many lost groups end the run.
 """
 
 import asyncio
@@ -129,10 +129,10 @@ class Leasing:
         except MeshFailure as failure:
             if engine.incarnation == incarnation:
                 self._fleet.bury(engine, str(failure).splitlines()[0])
-            self._lose(lease.group_id, lease.attempt, "generator died")
+            self._lose(lease.group_id, lease.attempt, "generator died", is_death=True)
         except ConnectionLost as error:
             # The generator lives, and may even deliver: the ledger takes whichever attempt is reported first.
-            self._lose(lease.group_id, lease.attempt, str(error))
+            self._lose(lease.group_id, lease.attempt, str(error), is_death=True)
         except ActorError as error:
             if error.type_name.rpartition(".")[2] in FATAL_ERRORS:
                 raise
@@ -160,14 +160,14 @@ class Leasing:
             return True
         return self._config.policy.filter == "zero_variance" and max(report.rewards) - min(report.rewards) < 1e-8
 
-    def _lose(self, group_id: int, attempt: int, reason: str) -> None:
-        self.ledger.lose_lease(group_id, attempt, reason)
+    def _lose(self, group_id: int, attempt: int, reason: str, *, is_death: bool = False) -> None:
+        self.ledger.lose_lease(group_id, attempt, reason, is_death=is_death)
         if not self.ledger.is_open(group_id) and group_id in self.window:
             self.window.drop(group_id, is_filtered=False)
             counts = self.ledger.counts()
             if counts["lost"] > max(3, 0.05 * sum(counts.values())):
                 raise TooManyLost(
-                    f"{counts['lost']} groups were lost after {self.ledger.max_attempts} attempts each: "
+                    f"{counts['lost']} groups were lost after {self.ledger.max_failures} failures each: "
                     f"{dict(self.ledger.lost_reasons)}; the traceback is in logs/"
                 )
         self._ring()

@@ -5,8 +5,9 @@
         └── lease lost ───┘  └─────────────────────────────▶ lost       (with a reason, when attempts run out)
 
 A lost lease is issued again with the next attempt number; a report of an older attempt counts as well as one of the
-newest, whichever comes first, and every later report of the group is a duplicate. Ended groups are kept as counts per
-source and end, open ones whole, so that the ledger stays small over millions of groups.
+newest, whichever comes first, and every later report of the group is a duplicate. A group that keeps failing is lost soon;
+one whose generators die may be innocent, and is tried longer, but not for ever: it may be what they die of. Ended groups are
+kept as counts per source and end, open ones whole, so that the ledger stays small over millions of groups.
 """
 
 from collections import Counter
@@ -36,6 +37,10 @@ class OpenGroup(msgspec.Struct):
     state: State = "admitted"
     attempt: int = 0
     """Of the lease; once scored, that of the report that counted."""
+    num_failures: int = 0
+    """Leases lost to an error or a deadline."""
+    num_deaths: int = 0
+    """Leases lost with their generator."""
     generator: int | None = None
     deadline: float | None = None
     """Of the lease, on the caller's clock."""
@@ -55,10 +60,13 @@ class LedgerState(msgspec.Struct):
 
 
 class Ledger:
-    """Book-keeping of one run's groups. Every method is one event; `audit` proves that nothing is missing."""
+    """Book-keeping of one run's groups. Every method is one event; `audit` proves that nothing is missing.
 
-    def __init__(self, max_attempts: int = 3) -> None:
-        self.max_attempts = max_attempts
+    max_failures, max_deaths   of a group; with either it is lost
+    """
+
+    def __init__(self, max_failures: int = 3, max_deaths: int = 12) -> None:
+        self.max_failures, self.max_deaths = max_failures, max_deaths
         self.num_duplicates = 0
         self.num_reissues = 0
         self.lost_reasons: Counter[str] = Counter()
@@ -99,14 +107,17 @@ class Ledger:
         group.state, group.attempt, group.oldest_version, group.deadline = "scored", attempt, oldest_version, None
         return True
 
-    def lose_lease(self, group_id: int, attempt: int, reason: str) -> OpenGroup | None:
-        """The lease ended without a report. The group is to be leased again (returned), or is lost for good when its
-        attempts are used up (None; ended as `lost` under `reason`). An outdated `attempt` returns None and changes nothing."""
+    def lose_lease(self, group_id: int, attempt: int, reason: str, *, is_death: bool = False) -> OpenGroup | None:
+        """The lease ended without a report, `is_death` with its generator. The group is to be leased again (returned), or is lost
+        for good when that happened too often (None; ended as `lost` under `reason`). An outdated `attempt` returns None and
+        changes nothing."""
         group = self._open.get(group_id)
         if group is None or group.state != "leased" or group.attempt != attempt:
             return None
         group.attempt += 1
-        if group.attempt >= self.max_attempts:
+        group.num_deaths += is_death
+        group.num_failures += not is_death
+        if group.num_failures >= self.max_failures or group.num_deaths >= self.max_deaths:
             self.lost_reasons[reason] += 1
             self._end(group_id, "lost")
             return None
@@ -192,7 +203,7 @@ class Ledger:
         """Open groups come back as admitted: engines and the learner's queue did not survive."""
         self._next_id = state.next_id
         self._open = {
-            g.group_id: OpenGroup(g.group_id, g.sample, g.source, g.max_staleness, attempt=g.attempt)
+            g.group_id: msgspec.structs.replace(g, state="admitted", generator=None, deadline=None, oldest_version=None)
             for g in state.open_groups
         }
         self._unleased = set(self._open)

@@ -1,5 +1,7 @@
 """The ledger's promise: every admitted group ends exactly once, whatever generators do."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -16,9 +18,11 @@ class Story(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = Ledger(max_attempts=2)
+        self.ledger = Ledger(max_failures=2, max_deaths=3)
         self.states: dict[int, str] = {}
         self.attempts: dict[int, int] = {}
+        self.losses: Counter[tuple[int, bool]] = Counter()
+        """Leases lost, by group and by whether the generator died."""
 
     def those(self, *states: str) -> list[int]:
         return [g for g, state in self.states.items() if state in states]
@@ -47,14 +51,16 @@ class Story(RuleBasedStateMachine):
             assert self.ledger.attempts([group_id]) == {group_id: attempt}, "the first report counts, whichever it is"
 
     @precondition(lambda self: self.those("leased"))
-    @rule(data=st.data(), stale=st.booleans())
-    def lose(self, data: st.DataObject, stale: bool) -> None:
+    @rule(data=st.data(), stale=st.booleans(), is_death=st.booleans())
+    def lose(self, data: st.DataObject, stale: bool, is_death: bool) -> None:
         group_id = data.draw(st.sampled_from(self.those("leased")))
         attempt = self.attempts[group_id]
-        again = self.ledger.lose_lease(group_id, attempt - stale, "killed")
+        again = self.ledger.lose_lease(group_id, attempt - stale, "killed", is_death=is_death)
         if stale:
             assert again is None
-        elif attempt + 1 < 2:
+            return
+        self.losses[group_id, is_death] += 1
+        if self.losses[group_id, False] < 2 and self.losses[group_id, True] < 3:
             assert again is not None
             self.states[group_id], self.attempts[group_id] = "admitted", attempt + 1
         else:
@@ -75,7 +81,7 @@ class Story(RuleBasedStateMachine):
 
     @rule()
     def restart_from_checkpoint(self) -> None:
-        fresh = Ledger(max_attempts=2)
+        fresh = Ledger(max_failures=2, max_deaths=3)
         fresh.restore(self.ledger.state())
         self.ledger = fresh
         for group_id in self.those("leased", "scored"):
@@ -108,3 +114,14 @@ def test_groups_of_a_dead_generator_are_found_by_its_rank() -> None:
         group = ledger.admit(REF, "s", 1)
         ledger.lease(group.group_id, rank, deadline=9.0)
     assert [g.group_id for g in ledger.leased_to(0)] == [0, 2]
+
+
+def test_a_group_outlives_many_generators_but_few_failures_of_its_own() -> None:
+    ledger = Ledger(max_failures=3, max_deaths=12)
+    for is_death, num_losses in ((True, 12), (False, 3)):
+        group = ledger.admit(REF, "s", 1)
+        for number in range(1, num_losses + 1):
+            attempt = ledger.lease(group.group_id, 0, deadline=9.0)
+            again = ledger.lose_lease(group.group_id, attempt, "gone", is_death=is_death)
+            assert (again is None) == (number == num_losses)
+    assert ledger.counts()["lost"] == 2
