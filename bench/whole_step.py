@@ -101,7 +101,7 @@ def configuration(folder: Path, system: str, num_completions: int, steps: int) -
             "max_staleness": 1 if is_off else 0,
             "rollout_batch": num_completions // GROUP,
             "group_size": GROUP,
-            "in_flight": "recompute",
+            "in_flight": "continue",
         },
         "rewards": {"python": ["bench.coin:coin"]},
         "sampling": {"max_tokens": TOKENS},
