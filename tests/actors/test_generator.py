@@ -45,7 +45,9 @@ async def test_a_group_whose_verifier_dies_is_scored_by_another(caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         assert await generator(verifiers)._scored(GROUP) is REPORT
     assert verifiers.seen == [GROUP] * 3
-    assert [record.getMessage().startswith("group 5 is scored again") for record in caplog.records] == [True], "said once"
+    assert [record.getMessage().startswith("group 5 is scored again") for record in caplog.records] == [True], (
+        "said once"
+    )
 
 
 async def test_the_wait_for_a_verifier_ends_with_the_lease() -> None:
