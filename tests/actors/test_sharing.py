@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from actors.sharing import sample_shared, shares_of
 from tests.actors.worlds import lease
 from vtriune.messages import Group, Lease, Trajectory, VersionSpan
-from vtriune.runtime import ActorError, MeshFailure
+from vtriune.runtime import ActorError, ConnectionLost, MeshFailure
 from vtriune.transport.wire import FailureNote
 
 DEAD = MeshFailure(FailureNote("generator-1", 0, "host", 42, "exit", detail="killed by SIGKILL"))
+CUT = ConnectionLost("the connection to generator-1 broke during sample")
 REFUSED = ActorError("sample at generator-1", "actors.engine.loop.EngineError", "the engine has stopped", "")
 
 
@@ -52,7 +53,7 @@ def test_shares_are_consecutive_even_and_never_empty(num_completions: int, num_s
     assert [share.first_completion for share in shares] == [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-@pytest.mark.parametrize("error", [None, DEAD, REFUSED])
+@pytest.mark.parametrize("error", [None, DEAD, CUT, REFUSED])
 @pytest.mark.parametrize("num_others", [0, 1, 2, 9])
 async def test_a_shared_group_is_whole_and_in_order_whatever_becomes_of_the_others(
     error: Exception | None, num_others: int
