@@ -48,7 +48,7 @@ def held_out_rows(folder: pathlib.Path, num_rows: int) -> list[dict[str, Any]]:
 
 
 def chat_text(processor: Any, row: dict[str, Any]) -> str:
-    """The row's prompt through the chat template, one image placeholder per `<image>`."""
+    """The row's last turn through the chat template: its one image, then the text without `<image>`."""
     content = row["prompt"][-1]["content"].replace("<image>", "")
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": content}]}]
     return str(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))

@@ -1,6 +1,6 @@
 """The one owner of preprocessing: sample → chat-templated text, resized images, token ids, pixel features.
 
-The generator asks for `prepare` and `prompt_ids_for_engine` (vLLM expands the placeholders itself), the learner for `features`,
+The generator asks for `prepare` and `prompt_ids_for_engine` (vLLM expands the pads itself), the learner for `features`,
 the checks at load for `length_problem`. Both sides hand the same prepared images to the same Hugging Face image processor exactly
 once, under the same pixel bounds (`mm_processor_kwargs`), and `check_expansion` compares what came out.
 
