@@ -162,6 +162,8 @@ def register() -> None:
     AttentionInterface.register(FLEX, _flex_interface)
 
 
+# Dense calls over lists of rows leave a compiler nothing to fuse; traced, they are twenty graphs of a kernel or two each.
+@torch.compiler.disable
 def _cpu_interface(
     module: torch.nn.Module,
     query: Tensor,

@@ -86,7 +86,7 @@ def parse_boxes(text: str) -> Answer:
 
 def recover_boxes(text: str) -> list[Box]:
     """Every complete, valid item of broken JSON, found by its `bbox_2d` key. An item without its closing brace is
-    dropped.
+    dropped; a brace inside a label is taken for the item's own.
     """
     found: list[Box] = []
     searched = 0

@@ -54,12 +54,12 @@ def test_a_run_stopped_by_ctrl_c_resumes_and_ends_with_everything_it_promises(st
 
 
 @pytest.mark.timeout(420)
-def test_off_policy_stays_within_its_bound_survives_kills_and_is_switched_while_it_runs(
+def test_off_policy_stays_within_its_bound_survives_kills_is_switched_while_it_runs_and_reports_its_learners_death(
     start: Callable[..., Job],
 ) -> None:
     overrides = ["policy.mode=off_policy", "policy.max_staleness=2", "evaluation.before=false"]
     # Over TCP, where a restarted process has another address than the one it replaces.
-    job = start("run.steps=16", "cluster.bind=127.0.0.1", *overrides)
+    job = start("run.steps=10000", "cluster.bind=127.0.0.1", *overrides)
     job.wait_for_version(2)
     os.kill(job.pid_of("generator"), signal.SIGKILL)
     job.wait_for_version(5)
@@ -68,29 +68,7 @@ def test_off_policy_stays_within_its_bound_survives_kills_and_is_switched_while_
     assert control(job.run_folder, "mode=on_policy")["requested"] == {"mode": "on_policy", "max_staleness": 0}
     job.wait_for_version(11)
     control(job.run_folder, "mode=off_policy", "max_staleness=1")
-    assert job.finish() == 0, job.text()
-    lines = job.lines()
-    assert [line["version"] for line in lines] == list(range(1, 17))
-    bounds = [line["policy/max_staleness"] for line in lines]
-    assert list(dict.fromkeys(bounds)) == [2, 0, 1], bounds
-    # Groups admitted before a switch keep the bound they were admitted under: at 2 there are at most two batches of them.
-    for index, line in enumerate(lines):
-        assert line["staleness/max"] <= max(bounds[max(index - 2, 0) : index + 1])
-        assert line["policy/is_off_policy"] == (line["policy/max_staleness"] > 0)
-    assert max(line["staleness/max"] for line in lines) > 0
-    assert lines[-1]["generators/deaths"] == 1
-    assert lines[-1]["ledger/consumed"] == 16 * 8
-    assert lines[-1]["ledger/lost"] == 0
-    assert all(line["mismatch/max_abs"] <= 1e-4 for line in lines)
-    notes = [archive.notes_of(path) for _, path in archive.files(job.run_folder / "rollouts", "version")]
-    assert [float(note["max_staleness"]) for note in notes] == bounds
-    assert job.left_behind() == []
-
-
-@pytest.mark.timeout(300)
-def test_a_killed_learner_ends_the_run_with_a_report_and_leaves_nothing(start: Callable[..., Job]) -> None:
-    job = start("run.steps=50", "evaluation.before=false")
-    job.wait_for_version(1)
+    job.wait_for_version(15)
     killed_at = time.monotonic()
     os.kill(job.pid_of("learner"), signal.SIGKILL)
     assert job.finish(30) == 1, job.text()
@@ -99,6 +77,24 @@ def test_a_killed_learner_ends_the_run_with_a_report_and_leaves_nothing(start: C
     assert (failure["role"], failure["rank"], failure["signal"]) == ("learner", 0, "SIGKILL")
     assert "RUN FAILED in learner 0" in job.text()
     assert job.left_behind() == []
+
+    lines = job.lines()
+    assert [line["version"] for line in lines] == list(range(1, len(lines) + 1))
+    bounds = [line["policy/max_staleness"] for line in lines]
+    assert list(dict.fromkeys(bounds)) == [2, 0, 1], bounds
+    # Groups admitted before a switch keep the bound they were admitted under: at 2 there are at most two batches of them.
+    for index, line in enumerate(lines):
+        assert line["staleness/max"] <= max(bounds[max(index - 2, 0) : index + 1])
+        assert line["policy/is_off_policy"] == (line["policy/max_staleness"] > 0)
+    assert max(line["staleness/max"] for line in lines) > 0
+    assert lines[-1]["generators/deaths"] == 1
+    assert lines[-1]["ledger/consumed"] == 8 * len(lines)
+    assert lines[-1]["ledger/lost"] == 0
+    assert all(line["mismatch/max_abs"] <= 1e-4 for line in lines)
+    notes = [archive.notes_of(path) for _, path in archive.files(job.run_folder / "rollouts", "version")]
+    # The learner may have died between the archive of a version and its line.
+    assert [float(note["max_staleness"]) for note in notes[: len(bounds)]] == bounds
+    assert len(notes) - len(bounds) in (0, 1)
 
 
 @pytest.mark.timeout(60)
