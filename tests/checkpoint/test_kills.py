@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_run_goes_on_from_the_on
 ) -> None:
     last = f"step-{program.NUM_VERSIONS}"
     for name, (file, damage) in DAMAGES.items():
-        shutil.copytree(folder / "runs" / "uninterrupted", folder / "runs" / name)
+        shutil.copytree(folder / "runs" / "killed", folder / "runs" / name)
         damage(folder / "runs" / name / "checkpoints" / last / file)
     start(folder, "finish", *DAMAGES)
     sequence = consumed(folder, "uninterrupted")
