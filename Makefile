@@ -27,10 +27,10 @@ demo: setup
 	$(PY) -m examples.digits.build
 	$(PY) -m vtriune.launch examples/digits.yaml $(ARGS)
 
-# Three at a time keep two cores busy: tests of whole runs wait for processes to start, others for deadlines to pass.
+# Two at a time keep two cores busy: tests of whole runs wait for processes to start, others for deadlines to pass.
 test: setup
 	$(PY) -m examples.digits.build
-	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
