@@ -89,6 +89,11 @@ class Blocks:
         rows = self._pack.num_rows
         return create_block_mask(sees, None, None, rows, rows, device=self._device)
 
+    def prepared(self, kernel: str) -> "Blocks":
+        """This, with all that `kernel` reads made now: on first use it would break a compiled block's graph."""
+        _ = self.mask if kernel == FLEX else (self.whole, self.halves, self.answer_rows)
+        return self
+
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
@@ -185,6 +190,10 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
+# The oracle on a CPU. Inductor's C++ for it does not compile with dynamic shapes.
+_eager_flex = torch.compiler.disable(flex_attention)
+
+
 def _flex_interface(
     module: torch.nn.Module,
     query: Tensor,
@@ -195,7 +204,7 @@ def _flex_interface(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     blocks: Blocks = kwargs["blocks"]
-    kernel = _compiled_flex() if query.is_cuda else flex_attention
+    kernel = _compiled_flex() if query.is_cuda else _eager_flex
     out = kernel(query, key, value, block_mask=blocks.mask, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2), None
 

@@ -84,7 +84,7 @@ class Policy(nn.Module):
             # transformers makes no (N, N) mask for an attention function outside its own table: the structure is in `blocks`.
             attention_mask=None,
             use_cache=False,
-            blocks=inputs.blocks,
+            blocks=inputs.blocks.prepared(decoder.config._attn_implementation),
             **extra,
         ).last_hidden_state[0]
         scores = self.score(hidden.index_select(0, inputs.source_rows), inputs.target_ids)

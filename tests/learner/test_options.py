@@ -34,6 +34,25 @@ def test_compiled_blocks_give_the_log_probs_and_gradients_of_plain_ones(tmp_path
     assert runs.relative_gradient_error(found_gradients, gradients) < 1e-5
 
 
+def test_blocks_trace_without_a_break_but_for_the_attention_call_itself(tmp_path: Path) -> None:
+    # What a pack's structure makes on first use must be there before: inside a compiled block it would break the graph.
+    folder = worlds.write_model(tmp_path, "qwen3", num_layers=1)
+    world = worlds.World()
+    groups = worlds.random_groups(world, np.random.default_rng(0), 2, images="none")
+    policy = worlds.make_policy(folder, attention="flex")
+    learner, update, *_ = runs.prepared(policy, world, groups, model={"freeze": []})
+    expected = runs.scores_of(learner, update)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for block in policy.family.blocks(policy.model):
+        block.compile(dynamic=True, backend="eager")
+    learner, update, *_ = runs.prepared(policy, world, groups, model={"freeze": []})
+    assert runs.worst_score_error(runs.scores_of(learner, update), expected) < 1e-5
+    assert len(counters["graph_break"]) == 1, counters["graph_break"]
+    assert "torch.compiler.disable" in next(iter(counters["graph_break"]))
+
+
 def offloading(folder: Path, offload: str) -> Learner:
     learner, _ = program.a_learner(folder, None)
     config = worlds.config_with(
