@@ -12,13 +12,15 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from actors.sharing import sample_shared
 from actors.verifier_pool import VerifierPoolActor
 from verifiers.breaker import FaultRateError
 from vtriune.config.tree import Config
 from vtriune.data.processing import Preprocessor
 from vtriune.data.store import StoreSet
-from vtriune.messages import Canary, Group, GroupReport, Lease, PublishOrder, PublishReport
+from vtriune.messages import SCORED_AGAIN, Canary, Group, GroupReport, Lease, PublishOrder, PublishReport
 from vtriune.runtime import Actor, ActorError, ActorMesh, ConnectionLost, MeshFailure, endpoint
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ class Generator(Actor):
 
     async def _scored(self, group: Group) -> GroupReport:
         """Have some verifier process score the group. One that dies or is cut off loses nothing: the group goes to another, or to
-        the one that replaces it, for as long as the lease lasts; what it had delivered is a duplicate then."""
+        the one that replaces it, for as long as the lease lasts, under a name of its own."""
         pause, deadline = _FIRST_PAUSE_S, asyncio.get_running_loop().time() + self._config.policy.lease_s
         while True:
             try:
@@ -137,6 +139,7 @@ class Generator(Actor):
                     raise
                 if pause == _FIRST_PAUSE_S:
                     log.warning("group %d is scored again: %s", group.lease.group_id, str(failure).splitlines()[0])
+                group = _named_anew(group)
             except ActorError as error:
                 if error.type_name.endswith(f".{FaultRateError.__name__}"):
                     # Under a name the controller knows as fatal; a remote error would only lose the lease.
@@ -144,3 +147,13 @@ class Generator(Actor):
                 raise
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE_S)
+
+
+def _named_anew(group: Group) -> Group:
+    """The group as another delivery than the one that may have reached some learner ranks already: an answer that met its deadline
+    at one verifier may miss it at another, and all ranks must train on the same verdicts. Evaluations go to the recorder alone,
+    which counts a row once by its name."""
+    lease = group.lease
+    if lease.purpose == "evaluate":
+        return group
+    return msgspec.structs.replace(group, lease=msgspec.structs.replace(lease, attempt=lease.attempt + SCORED_AGAIN))

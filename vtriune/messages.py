@@ -50,12 +50,17 @@ class Sampling(msgspec.Struct, frozen=True):
     """Set: the engine seeds each completion with `seed + index`, so that a run can be repeated."""
 
 
+SCORED_AGAIN = 1 << 16
+"""More than a group is ever leased."""
+
+
 class Lease(msgspec.Struct, frozen=True):
     """A group handed to a generator."""
 
     group_id: int
     attempt: int
-    """Counts re-issues of the same group after a lost lease; starts at 0."""
+    """With `group_id` the name of what is delivered. Counts re-issues of the same group after a lost lease, from 0; each time that a
+    generator has a group scored again adds SCORED_AGAIN."""
     sample: SampleRef
     num_completions: int
     sampling: Sampling
@@ -171,8 +176,8 @@ class TrainOrder(msgspec.Struct, frozen=True):
     num_updates_total: int
     """Of the whole run, for warm-up."""
     attempts: dict[int, int] = {}
-    """Group id → the attempt that counts; 0 where absent. A group leased twice may be delivered twice, in another order at every
-    rank: all of them must train on the same one."""
+    """Group id → the attempt that counts; 0 where absent. A group leased or scored twice may be delivered twice, in another order at
+    every rank: all of them must train on the same one."""
     open_from: int = 0
     """Every group of a smaller id has ended or is in `updates`: whatever else there is of it may be forgotten."""
 

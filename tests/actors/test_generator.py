@@ -3,13 +3,14 @@
 import logging
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from actors.generator import CircuitOpen, Generator, NotReady
 from tests.actors.worlds import lease
 from vtriune.config.tree import Config
-from vtriune.messages import Group, GroupReport
+from vtriune.messages import SCORED_AGAIN, Group, GroupReport
 from vtriune.runtime import ActorError, ConnectionLost, MeshFailure
 from vtriune.transport.wire import FailureNote
 
@@ -45,9 +46,18 @@ async def test_a_group_whose_verifier_dies_or_is_cut_off_is_scored_again(caplog:
     verifiers = Verifiers(DEAD, CUT, REPORT)
     with caplog.at_level(logging.WARNING):
         assert await generator(verifiers)._scored(GROUP) is REPORT
-    assert verifiers.seen == [GROUP] * 3
+    # Each under a name of its own: what one verifier had delivered to some learner ranks is not what another delivers to all.
+    assert [group.lease.attempt for group in verifiers.seen] == [0, SCORED_AGAIN, 2 * SCORED_AGAIN]
+    assert all(group.lease.group_id == 5 and group.trajectories is GROUP.trajectories for group in verifiers.seen)
     (record,) = caplog.records
     assert record.getMessage().startswith("group 5 is scored again")
+
+
+async def test_an_evaluation_row_that_is_scored_again_keeps_its_name() -> None:
+    verifiers = Verifiers(DEAD, REPORT)
+    group = Group(msgspec.structs.replace(GROUP.lease, purpose="evaluate"), GROUP.prompt_ids, [], 0)
+    await generator(verifiers)._scored(group)
+    assert verifiers.seen == [group, group]
 
 
 async def test_the_wait_for_a_verifier_ends_with_the_lease() -> None:
