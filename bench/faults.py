@@ -120,7 +120,8 @@ def _processes(launcher: int, role: str) -> list[psutil.Process]:
     for child in children:
         try:
             is_alive = child.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
-            if is_alive and child.cmdline()[:1] and child.cmdline()[0].startswith(f"vtriune {role}"):
+            # One that ends between the two looks has an empty command line.
+            if is_alive and "".join(child.cmdline()[:1]).startswith(f"vtriune {role}"):
                 found.append(child)
         except psutil.NoSuchProcess:
             continue
