@@ -86,13 +86,14 @@ def parse_boxes(text: str) -> Answer:
 
 def recover_boxes(text: str) -> list[Box]:
     """Every complete, valid item of broken JSON, found by its `bbox_2d` key. An item without its closing brace is
-    dropped; a brace inside a label is taken for the item's own.
+    dropped. A closing brace in a label, and an opening one in a label that stands before its box, is taken for the item's own.
     """
     found: list[Box] = []
-    searched = 0
+    items_end = 0
     key = text.find("bbox_2d")
     while key >= 0:
-        item_start = text.rfind("{", searched, key)
+        # A longer item is refused, so that looking back any further is in vain.
+        item_start = text.rfind("{", max(items_end, key - MAX_ITEM_CHARS), key)
         searched = key + len("bbox_2d")
         opening = _LIST.match(text, searched)
         if opening and item_start >= 0:
@@ -104,7 +105,7 @@ def recover_boxes(text: str) -> list[Box]:
                 box = _read_item(text[opening.end() : list_end], text[item_start : closing + 1])
                 if box is not None:
                     found.append(box)
-                searched = closing + 1
+                searched = items_end = closing + 1
         key = text.find("bbox_2d", searched)
     return found
 

@@ -47,6 +47,10 @@ def test_an_unescaped_apostrophe_does_not_lose_the_box() -> None:
     assert parse_boxes("[{'bbox_2d': [1, 2, 3, 4], 'label': 'men's shoe'}]").boxes[0].label == "men's shoe"
 
 
+def test_recovery_reads_a_label_that_is_spelt_like_the_key_of_the_box() -> None:
+    assert recover_boxes('{"label": "bbox_2d", "bbox_2d": [1, 2, 3, 4]}') == [Box((1, 2, 3, 4), "bbox_2d")]
+
+
 number = st.floats(-1e6, 1e6) | st.integers(-(10**6), 10**6)
 item = st.fixed_dictionaries(
     {
@@ -58,7 +62,9 @@ item = st.fixed_dictionaries(
 
 @given(st.lists(item, max_size=6))
 def test_recovery_reads_from_sound_json_what_the_decoder_reads(items: list[dict]) -> None:
-    items = [entry for entry in items if not set(entry["label"]) & set('{}"\\')]
+    # As documented: an opening brace may stand in a label that comes after its box, as the prompts ask for it.
+    items = [entry for entry in items if "{" not in entry["label"] or list(entry) == ["bbox_2d", "label"]]
+    items = [entry for entry in items if not set(entry["label"]) & set('}"\\')]
     text = json.dumps(items, ensure_ascii=False)
     assert recover_boxes(text) == parse_boxes(text).boxes
 
