@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both set the environment up on first use.
+# Two commands for a newcomer: `make demo` and `make test`. Both set the environment up on first use. While you work: `make check`.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 PY := .venv/bin/python
@@ -11,7 +11,10 @@ TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-ba
 # A run starts many processes: where this is set, each of them would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test lint types clean
+# Tests that start no engine and no run: with lint and types, under two minutes.
+QUICK := architecture config curate data plan record run transport verifiers/kernels verifiers/kinds weights
+
+.PHONY: setup demo ablations check test test-long lint types clean
 
 setup: $(STAMP)
 
@@ -22,15 +25,29 @@ $(STAMP): pyproject.toml Makefile
 	$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) $(TORCH_SOURCE) -e ".[$(EXTRAS)]"
 	@touch $@
 
-# The digits run: builds its data from scikit-learn's handwritten digits on first use, then trains.
+# The digits run: builds its data from scikit-learn's handwritten digits on first use, trains, and draws held-out boxes before and after;
+# an earlier demo is moved aside.
 demo: setup
 	$(PY) -m examples.digits.build
-	$(PY) -m vtriune.launch examples/digits.yaml $(ARGS)
+	$(PY) -m vtriune.launch examples/digits.yaml --fresh $(ARGS)
+	$(PY) -m examples.digits.before_after runs/digits
+
+# The paper's comparisons in small, as far as they are not in docs/claims yet: about 40 runs of five minutes. Stop and go on as you like.
+ablations: setup
+	$(PY) -m examples.digits.build
+	$(PY) -m examples.digits.ablations dynamic_iou tasks policy modules learning_rate prompt_pool kl --report
 
 # Two at a time keep two cores busy: tests of whole runs wait for processes to start, others for deadlines to pass.
 test: setup
 	$(PY) -m examples.digits.build
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Fifty kills of a run, soaks, sequences by the ten thousand.
+test-long: setup
+	$(PY) -m pytest -m long $(ARGS)
+
+check: lint types
+	$(PY) -m pytest -n 2 --dist loadfile --durations=5 $(addprefix tests/,$(QUICK))
 
 lint: setup
 	$(PY) -m ruff check .

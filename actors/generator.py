@@ -1,4 +1,4 @@
-"""A generator: samples leased groups with its engine and hands them to the verifier pool. Spawned by `vtriune.crew`.
+"""A generator: samples leased groups with its engine and hands them to the verifier pool. Spawned by `vtriune.run.processes`.
 
     controller ──Lease──▶ generate ──Group──▶ a verifier process ──▶ learner, recorder
          ▲                                        │
@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from actors.sharing import sample_shared
-from actors.verifier_pool import VerifierPoolActor
-from verifiers.breaker import FaultRateError
+from actors.rollouts.single_turn import sample_shared
+from vtriune import roles
 from vtriune.config.tree import Config
 from vtriune.data.processing import Preprocessor
 from vtriune.data.store import StoreSet
 from vtriune.messages import SCORED_AGAIN, Canary, Group, GroupReport, Lease, PublishOrder, PublishReport
-from vtriune.runtime import Actor, ActorError, ActorMesh, ConnectionLost, MeshFailure, endpoint
+from vtriune.runtime import Actor, ConnectionLost, MeshFailure, endpoint
 
 if TYPE_CHECKING:
     from actors.engine import Engine
@@ -35,16 +34,10 @@ class NotReady(RuntimeError):
     """A call before `ready`."""
 
 
-class CircuitOpen(RuntimeError):
-    """A source's verifier fails on most answers, which ends the run; the message shows one of them."""
-
-
 class Generator(Actor):
     """One engine per process. `verifiers` is a reference to the pool's mesh; `rank` numbers the generator in the run."""
 
-    def __init__(
-        self, config: Config, store_folders: list[str], verifiers: ActorMesh[VerifierPoolActor], rank: int
-    ) -> None:
+    def __init__(self, config: Config, store_folders: list[str], verifiers: roles.VerifierPool, rank: int) -> None:
         self._config = config
         self._store_folders = store_folders
         self._verifiers = verifiers
@@ -53,15 +46,14 @@ class Generator(Actor):
         self._starting = asyncio.Lock()
 
     @endpoint
-    async def ready(self) -> dict[str, float]:
-        """Build the engine on the first call; returns its figures."""
+    async def ready(self) -> None:
+        """Build the engine on the first call."""
         async with self._starting:
             if self._engine is None:
                 self._engine = await asyncio.to_thread(self._build)
-        return self._engine.stats()
 
     @endpoint
-    async def generate(self, lease: Lease, others: list[ActorMesh]) -> GroupReport:  # type: ignore[type-arg]
+    async def generate(self, lease: Lease, others: list[roles.Generator]) -> GroupReport:
         """Sample, have scored and delivered, report. `others` are generators that take a share of the completions.
 
         Raises EngineError or DataError when it cannot be sampled.
@@ -92,22 +84,8 @@ class Generator(Actor):
         """Shares and rates since the last call, and what is in flight."""
         return self._running.stats()
 
-    @endpoint
-    async def set_in_flight(self, mode: str) -> None:
-        """What happens to running completions at later publishes: `continue`, `recompute` or `drain`."""
-        if mode not in ("continue", "recompute", "drain"):
-            raise ValueError(f"in_flight: {mode!r} is none of continue, recompute, drain")
-        self._running.in_flight = mode  # type: ignore[assignment]
-
-    @endpoint
-    async def close(self) -> None:
-        """End the engine; groups in flight fail. Idempotent."""
-        await self._close()
-
     async def __cleanup__(self, error: Exception | None) -> None:
-        await self._close()
-
-    async def _close(self) -> None:
+        """End the engine; groups in flight fail."""
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.close()
@@ -132,19 +110,13 @@ class Generator(Actor):
         pause, deadline = _FIRST_PAUSE_S, asyncio.get_running_loop().time() + self._config.policy.lease_s
         while True:
             try:
-                report: GroupReport = await self._verifiers.score.choose(group)
-                return report
+                return await self._verifiers.score.choose(group)
             except (MeshFailure, ConnectionLost) as failure:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
                 if pause == _FIRST_PAUSE_S:
                     log.warning("group %d is scored again: %s", group.lease.group_id, str(failure).splitlines()[0])
                 group = _named_anew(group)
-            except ActorError as error:
-                if error.type_name.endswith(f".{FaultRateError.__name__}"):
-                    # Under a name the controller knows as fatal; a remote error would only lose the lease.
-                    raise CircuitOpen(error.text) from error
-                raise
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE_S)
 

@@ -28,10 +28,11 @@ import msgspec
 import psutil
 
 from bench.machine import describe, heading, write_json
-from vtriune.checkpoint import latest_complete
+from verifiers import terminal
 from vtriune.config import Config, ConfigError, load
-from vtriune.data import archive
-from vtriune.run_state import STATE_FILE, RunState
+from vtriune.record import archive
+from vtriune.record.checkpoint import latest_complete
+from vtriune.run.snapshots import STATE_FILE, RunState
 
 KINDS, ROLES = ("kill", "freeze", "hiccup"), ("generator", "verifiers")
 
@@ -143,14 +144,14 @@ def audit(run_folder: Path, group_size: int) -> tuple[dict[str, int], list[str]]
             sizes[archived.group.group.lease.group_id] += len(archived.group.group.trajectories)
     books = {
         "admitted": ledger.next_id,
-        **{end: ends[end] for end in ("consumed", "filtered", "lost")},
+        **{end: ends[end] for end in ("consumed", "filtered", "faulted", "lost")},
         "open": len(ledger.open_groups),
         "archived": len(sizes),
         "reissues": ledger.num_reissues,
         "duplicates": ledger.num_duplicates,
     }
     wrong = []
-    if books["admitted"] != sum(books[end] for end in ("consumed", "filtered", "lost", "open")):
+    if books["admitted"] != sum(books[end] for end in ("consumed", "filtered", "faulted", "lost", "open")):
         wrong.append("groups are missing: admitted is not consumed + filtered + lost + open")
     if books["archived"] != books["consumed"]:
         wrong.append(f"{books['consumed']} groups were consumed, {books['archived']} are in the archive")
@@ -211,4 +212,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     sys.exit(main())

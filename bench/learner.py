@@ -26,6 +26,7 @@ import torch
 
 from bench.learner_steps import OurStep, PaddedStep, Workload, workload
 from bench.machine import describe, heading, write_json
+from verifiers import terminal
 from vtriune.torchvision_schemas import define_missing_schemas
 
 SECTIONS = ("digits", "long", "trl", "memory", "checkpoint")
@@ -134,7 +135,7 @@ def memory(options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
 
 def measure_logprobs(num_threads: int) -> float:
     """Bytes by which forward and backward of the log-prob step raise this process's peak."""
-    from learner.logprobs import score_tokens
+    from learner.model.logprobs import score_tokens
 
     torch.set_num_threads(num_threads)
     hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
@@ -230,4 +231,5 @@ def write_random(folder: Path, text: dict[str, int], num_layers: int) -> None:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     sys.exit(main())

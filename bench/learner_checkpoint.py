@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from bench.learner_steps import OurStep, workload
-from learner import state
-from vtriune.checkpoint import commit, stage
+from learner import checkpointing
+from vtriune.record.checkpoint import commit, stage
 
 TEXT = {
     "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 16384,
@@ -56,7 +56,7 @@ def compare(rounds: int, write_random: Callable[[Path, dict[str, int], int], Non
 def _at_once(step: OurStep, folder: Path, number: int) -> float:
     started = time.perf_counter()
     staging = stage(folder, number)
-    state.save(step.learner, staging)
+    checkpointing.begin_save(step.learner, staging).wait()
     commit(staging)
     return time.perf_counter() - started
 
@@ -65,10 +65,10 @@ def _beside_training(step: OurStep, work: Any, folder: Path, number: int) -> tup
     """Until training may go on, until the files are written, and the updates done meanwhile."""
     started = time.perf_counter()
     staging = stage(folder, number)
-    writing = state.begin_save(step.learner, staging)
+    writing = checkpointing.begin_save(step.learner, staging)
     blocked = time.perf_counter() - started
     updates = [step(work)["seconds"]]
-    while not writing.is_done:
+    while not all(part.done() for part in writing.parts):
         updates.append(step(work)["seconds"])
     writing.wait()
     written = time.perf_counter() - started

@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 
 from learner.learner import Learner
-from learner.model import load_model
-from learner.policy import Policy
-from verifiers import Verdict
+from learner.model.build import build_policy, materialise
+from verifiers import RewardSpec, Verdict
 from vtriune.config import Config
 from vtriune.config.tree import Model, Optimizer
-from vtriune.messages import Group, Lease, SampleRef, Sampling, ScoredGroup, TrainOrder, Trajectory, VersionSpan
+from vtriune.messages import (
+    Group,
+    Lease,
+    SampleHeader,
+    SampleRef,
+    Sampling,
+    ScoredGroup,
+    TrainOrder,
+    Trajectory,
+    VersionSpan,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +67,17 @@ class Workload:
                 )
                 for ids in responses
             ]
-            lease = Lease(index, 0, SampleRef("bench", index), len(responses), Sampling())
+            lease = Lease(
+                index,
+                0,
+                SampleRef("bench", index),
+                SampleHeader("bench", RewardSpec(), "", "", index),
+                len(responses),
+                Sampling(),
+            )
             rewards = rng.random(len(responses))
             verdicts = [Verdict("ok", float(reward), float(reward), 1.0, {}, "") for reward in rewards]
-            result.append(
-                ScoredGroup(Group(lease, prompt.prompt_ids.astype(np.int32), trajectories, 0), "bench", verdicts)
-            )
+            result.append(ScoredGroup(Group(lease, prompt.prompt_ids.astype(np.int32), trajectories, 0), verdicts))
         return result
 
 
@@ -126,16 +140,13 @@ class OurStep:
     """The learner of the product: shared-prefix packs."""
 
     def __init__(self, folder: Path, device: torch.device, *, token_budget: int, dtype: str = "float32"):
-        model, family = load_model(Model(path=str(folder), dtype=dtype), device)  # type: ignore[arg-type]
-        settings: Any = model.config
-        self.policy = Policy(
-            model, family, temperature=1.0, blocked_ids=[settings.image_token_id, settings.video_token_id]
-        ).to(device)
+        model = Model(path=str(folder), dtype=dtype)  # type: ignore[arg-type]
+        self.policy = build_policy(model, device)
+        materialise(self.policy, model, device)
         optimizer = Optimizer(token_budget=token_budget, lr=1e-6, warmup=0.0)
-        config = msgspec.structs.replace(Config(), model=Model(path=str(folder), dtype=dtype), optimizer=optimizer)  # type: ignore[arg-type]
+        config = msgspec.structs.replace(Config(), model=model, optimizer=optimizer)
         self._prompts: list[PromptData] = []
         self.learner = Learner(config, self.policy, lambda sample, _seed: self._prompts[sample.row])
-        self._update = 0
 
     def __call__(self, work: Workload) -> dict[str, float]:
         """One whole step, image features included; the learner's metrics, `seconds`, `cpu_s`."""
@@ -146,8 +157,8 @@ class OurStep:
         self.learner.prompts._prompts.clear()
         for group in groups:
             self.learner.deliver(group)
-        order = TrainOrder(0, [list(range(len(groups)))], 0, "none", self._update, 1_000_000)
-        self._update += 1
+        ids = list(range(len(groups)))
+        order = TrainOrder(0, [ids], "on_policy", 0, 0, "none", progress=[0.0, 1e-6])
         with Stopwatch(self.learner._layout.device) as watch:
             metrics = self.learner.train(order).metrics
         return {**metrics, **watch.times}
@@ -240,6 +251,6 @@ class PaddedStep:
         hidden = self.model.model.language_model(
             inputs_embeds=images["inputs_embeds"], attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
-        from learner.logprobs import score_tokens
+        from learner.model.logprobs import score_tokens
 
         return score_tokens(hidden.flatten(0, 1)[place], self.model.lm_head.weight, target).logprobs, owner

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from verifiers import terminal
+
 CALLS = 1000
 PIPELINED = 5000
 REPEATS = 3
@@ -269,9 +271,9 @@ def main() -> None:
         print(json.dumps(SYSTEMS[arguments.only]()))
         return
     if arguments.soak:
-        from bench import messaging_soak
+        from tests.runtime import soak
 
-        results: Any = messaging_soak.run(arguments.calls, arguments.chaos_rounds, arguments.frames)
+        results: Any = soak.run(arguments.calls, arguments.chaos_rounds, arguments.frames)
         print(json.dumps(results, indent=2))
     else:
         results = compare([peer for peer in arguments.peers.split(",") if peer], arguments.rounds)
@@ -281,4 +283,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     main()

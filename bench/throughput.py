@@ -8,10 +8,10 @@ table, and writes a JSON file and a plot.
 | -------------- | ---------------------------------------------------------------------------------------------------- |
 | samples/s      | groups consumed × group size / time of the versions                                                  |
 | tokens/s       | `throughput/tokens_per_s`, weighted by time                                                          |
-| learner idle   | share of the time in which it neither trained nor published                                          |
-| generator idle | `generators/idle_share`, where the run records it                                                    |
-| verifier idle  | `verifiers/idle_share`: no group was being verified                                                  |
-| publish        | `publish/seconds` per version; in it transfer, and the engines' pause                                |
+| learner idle   | `throughput/learner/idle_share`: it neither trained nor published; weighted by time, as those below  |
+| generator idle | `throughput/generators/idle_share`, where the run records it                                         |
+| verifier idle  | `throughput/verifiers/idle_share`: no group was being verified                                       |
+| publish        | `time/publish/total_s` per version; in it transfer, and the engines' pause                           |
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.machine import describe, heading, write_json
+from verifiers import terminal
 from vtriune.config import ConfigError, load
 
 Line = dict[str, float]
@@ -75,7 +76,7 @@ def settings(modes: Sequence[str], staleness: Sequence[int]) -> list[Setting]:
 
 def run(file: Path, setting: Setting, base_name: str, folder: Path, steps: int, extra: Sequence[str]) -> list[Line]:
     """Train one setting to its end; the lines of its metrics. Raises RunFailed."""
-    command = [sys.executable, "-m", "vtriune.launch", str(file)]
+    command = [sys.executable, "-m", "vtriune.launch", str(file), "--fresh"]
     command += [*setting.overrides(base_name, folder, steps), *extra]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     if done.returncode:
@@ -95,7 +96,6 @@ def summarise(lines: Sequence[Line], group_size: int, num_unmeasured: int) -> di
     measured = lines[num_unmeasured:] or lines
     seconds = sum(line["time/step_s"] for line in measured)
     num_groups = sum(line["batch/groups"] for line in measured)
-    busy_s = sum(line["time/train_s"] + line.get("publish/seconds", 0.0) for line in measured)
     tokens = sum(line["throughput/tokens_per_s"] * line["time/step_s"] for line in measured)
     return {
         "samples_per_s": num_groups * group_size / seconds,
@@ -103,12 +103,12 @@ def summarise(lines: Sequence[Line], group_size: int, num_unmeasured: int) -> di
         "step_s": seconds / len(measured),
         "train_s": _mean(measured, "time/train_s"),
         "wait_s": _mean(measured, "time/wait_s"),
-        "learner_idle": max(0.0, 1 - busy_s / seconds),
-        "generator_idle": _mean(measured, "generators/idle_share"),
-        "verifier_idle": _mean(measured, "verifiers/idle_share"),
-        "publish_s": _mean(measured, "publish/seconds"),
-        "transfer_s": _mean(measured, "publish/transfer_s"),
-        "pause_s": _mean(measured, "publish/pause_s"),
+        "learner_idle": _share(measured, "throughput/learner/idle_share"),
+        "generator_idle": _share(measured, "throughput/generators/idle_share"),
+        "verifier_idle": _share(measured, "throughput/verifiers/idle_share"),
+        "publish_s": _mean(measured, "time/publish/total_s"),
+        "transfer_s": _mean(measured, "time/publish/transfer_s"),
+        "pause_s": _mean(measured, "time/publish/pause_s"),
         "publish_bytes": _mean(measured, "publish/bytes"),
         "mean_staleness": _mean(measured, "staleness/mean"),
         "max_staleness": max((line["staleness/max"] for line in measured if "staleness/max" in line), default=None),
@@ -184,6 +184,13 @@ def _mean(lines: Sequence[Line], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def _share(lines: Sequence[Line], key: str) -> float | None:
+    """A share of each line's time as one of all their time."""
+    having = [line for line in lines if key in line]
+    seconds = sum(line["time/step_s"] for line in having)
+    return sum(line[key] * line["time/step_s"] for line in having) / seconds if having else None
+
+
 def _line(row: dict[str, Any], first: float) -> str:
     def cell(value: float | None, width: int, form: str) -> str:
         return f"{'–' if value is None else format(value, form):>{width}}"
@@ -213,4 +220,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     sys.exit(main())

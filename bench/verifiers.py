@@ -32,8 +32,8 @@ from bench.verifier_cases import (
     math_pairs,
     pycocotools_average_precision,
 )
-from verifiers import RewardOptions, RewardSpec, score_batch
-from verifiers.pool import VerifierPool
+from verifiers import RewardOptions, RewardSpec, score_batch, terminal
+from verifiers.pool.pool import VerifierPool
 
 RELEASED_PER_S = 134.0
 ROUNDS = 3
@@ -106,8 +106,8 @@ def coco_peer(dataset_type: Any, evaluation_type: Any, samples: list[tuple[Any, 
 
 def mean_average_precision() -> None:
     """Our kernel, alone and through its public function, beside the peers."""
-    from verifiers.average_precision import coco_average_precision, sample_average_precision
-    from verifiers.iou import iou_matrix
+    from verifiers.kernels.average_precision import coco_average_precision, sample_average_precision
+    from verifiers.kernels.iou import iou_matrix
 
     samples = map_samples(4_096)
     overlaps = [iou_matrix(sample[0], sample[2]) for sample in samples]
@@ -233,7 +233,7 @@ async def pool_throughput(num_workers: int, num_groups: int = 600, sympy_share: 
 
 def soak(num_maps: int, num_answers: int, num_fuzzed: int) -> None:
     """The property tests at full size; AssertionError with the case where one fails."""
-    from verifiers.average_precision import coco_average_precision
+    from verifiers.kernels.average_precision import coco_average_precision
 
     rng = np.random.default_rng(2026)
     worst, started_s = 0.0, time.perf_counter()
@@ -250,7 +250,7 @@ def soak(num_maps: int, num_answers: int, num_fuzzed: int) -> None:
 
 def soak_answers(num_answers: int) -> None:
     """Plain answers decided without math-verify, against math-verify."""
-    from verifiers.plain_answers import boxed_answer, decide
+    from verifiers.kinds.plain_answers import boxed_answer, decide
 
     started_s, num_decided, pairs = time.perf_counter(), 0, math_pairs(10**9, seed=2026)
     while num_decided < num_answers:
@@ -342,4 +342,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     main()

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from bench.machine import describe, heading, write_json
+from verifiers import terminal
 from vtriune.torchvision_schemas import define_missing_schemas
 
 TOKENS, GROUP, ROWS, UNMEASURED = 64, 8, 512, 3
@@ -124,7 +125,7 @@ def our_step(folder: Path, system: str, num_completions: int, steps: int) -> Ste
         raise RuntimeError(f"{system} ended with code {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()][UNMEASURED:]
     seconds = statistics.median(line["time/step_s"] for line in lines)
-    return Step(seconds, statistics.mean(line["tokens/trained"] for line in lines))
+    return Step(seconds, statistics.median(line["tokens/trained"] for line in lines))
 
 
 def trl_step(folder: Path, num_completions: int, steps: int) -> Step:
@@ -183,4 +184,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     sys.exit(main())

@@ -1,1 +1,1 @@
-"""The FSDP2 learner: model, packing, attention, log-probs, loss, optimiser, publishing, state. Never imports `actors`."""
+"""The FSDP2 learner: trains the policy on scored groups and publishes its weights. Hands on nothing, since most of it loads torch."""

@@ -1,7 +1,7 @@
-"""The loss on one page: surrogates, corrections for off-policy data, KL penalties. Pure tensor functions; called by `learner.update`.
+"""The loss on one page: surrogates, corrections for off-policy data, KL penalties. Pure tensor functions; called by `learner.learner`.
 
 Per token t of trajectory i, with advantage A_i:
-    r_it = π_θ/π_old       π_old is π_prox, except under `none` (see `Policies.behaviour`)
+    r_it = π_θ/π_old       π_old is π_prox, except under `none` (see `Tokens.behaviour`)
     w_it = correction weight of π_prox/π_b, no gradient
     loss = (1/D) Σ_it [ w_it · surrogate(r_it, A_i) + kl_weight · KL_it − entropy_weight · H_it ]
 D is fixed before any mask and counts the whole optimiser step, over all ranks and micro-batches. It is the number of tokens
@@ -9,28 +9,14 @@ D is fixed before any mask and counts the whole optimiser step, over all ranks a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from learner.batch.tokens import Tokens
+
 MAX_LOG_RATIO = 20.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tokens:
-    """R response tokens of S trajectories, none split between two calls. Floats are (R,)."""
-
-    logprobs: Tensor
-    """log π_θ, the only one with a gradient"""
-    prox: Tensor
-    """log π_prox: the learner's policy at the start of the rollout batch"""
-    behaviour: Tensor
-    """log π_b; where the learner's own version sampled a token this is `prox` itself unless the correction asks for the sampler's"""
-    advantages: Tensor
-    trajectory: Tensor
-    """int64 (R,), 0 ≤ trajectory < S"""
-    num_trajectories: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +53,7 @@ def gspo(tokens: Tokens, old: Tensor, clip: Clip) -> Surrogate:
     # Value e^mean on every token; gradient e^mean · ∇log π_θ, so that the tokens of a trajectory share s_i's gradient.
     ratio = torch.exp(mean + log_ratio - log_ratio.detach())
     result = _clipped(ratio, tokens.advantages, clip)
-    return Surrogate(result.loss / length[tokens.trajectory], result.ratio, result.clipped_low, result.clipped_high)
+    return replace(result, loss=result.loss / length[tokens.trajectory])
 
 
 def cispo(tokens: Tokens, old: Tensor, clip: Clip) -> Surrogate:
@@ -78,9 +64,12 @@ def cispo(tokens: Tokens, old: Tensor, clip: Clip) -> Surrogate:
     return Surrogate(loss, ratio, ratio < 1 - clip.low, ratio > 1 + clip.high)
 
 
-SurrogateFunction = Callable[[Tokens, Tensor, Clip], Surrogate]
-
-LOSSES: dict[str, SurrogateFunction] = {"grpo": grpo, "dr_grpo": grpo, "gspo": gspo, "cispo": cispo}
+LOSSES: dict[str, Callable[[Tokens, Tensor, Clip], Surrogate]] = {
+    "grpo": grpo,
+    "dr_grpo": grpo,
+    "gspo": gspo,
+    "cispo": cispo,
+}
 
 
 def denominator(kind: str, num_tokens: int, num_trajectories: int, max_tokens: int) -> int:
@@ -113,7 +102,7 @@ def correction_weight(correction: str, tokens: Tokens, cap: float) -> Tensor:
 def kl_penalty(kind: str, logprobs: Tensor, reference: Tensor) -> Tensor:
     """Per-token estimate of KL(π_θ‖π_ref) (R,): k1 = −log q, mse = ½ log² q, k3 = q − 1 − log q,
     with q = π_ref/π_θ (joschu.net/blog/kl-approx)."""
-    log_q = (reference - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_q = _log_ratio(reference, logprobs)
     if kind == "k1":
         return -log_q
     return 0.5 * log_q.square() if kind == "mse" else torch.expm1(log_q) - log_q

@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from learner.families import Family
+from learner.model.families import Family
+from learner.model.sharding import local
 from vtriune.config.tree import Optimizer as Section
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one call of `Optimizer.step` saw and did."""
+    """What one call of `PolicyOptimizer.step` saw and did."""
 
     norms: dict[str, float]
     """L2 norm of the gradient before clipping: `` (all), each module, `layer/<i>`; NaN or infinite when the gradient is."""
@@ -24,7 +24,7 @@ class StepResult:
     is_skipped: bool
 
 
-class Optimizer:
+class PolicyOptimizer:
     """Owns torch's AdamW over the trainable parameters of `model`.
 
     Weight decay applies to matrices only: norms and biases have no scale to shrink. Every rank holds its shard of every
@@ -42,48 +42,44 @@ class Optimizer:
         keeps_state_on_host: bool = False,
     ):
         self._section, self._group, self._keeps_state_on_host = section, group, keeps_state_on_host
-        self._named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._keys = [(family.module_of(name), family.layer_of(name)) for name, _ in self._named]
-        self._rates = rates_of(section)
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._parameters = list(named.values())
+        self._keys = [(family.module_of(name), family.layer_of(name)) for name in named]
+        rates = {"vit": section.lr_vit, "connector": section.lr_connector, "llm": section.lr_llm}
+        self._rates = {module: section.lr if rate is None else rate for module, rate in rates.items()}
         members: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
-        for (_, parameter), (module, _layer) in zip(self._named, self._keys, strict=True):
+        for parameter, (module, _layer) in zip(self._parameters, self._keys, strict=True):
             members[module, parameter.ndim >= 2].append(parameter)
         groups = [
-            {
-                "params": parameters,
-                "lr": self._rates[module],
-                "module": module,
-                "weight_decay": section.weight_decay if is_matrix else 0.0,
-            }
+            {"params": parameters, "module": module, "weight_decay": section.weight_decay if is_matrix else 0.0}
             for (module, is_matrix), parameters in members.items()
         ]
         self.adamw = torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, fused=True)
         # There from the start, because torch's get_optimizer_state_dict fills an empty state by a step with zero gradients: a
         # checkpoint before the first update would shift Adam's bias correction by one.
-        for _, parameter in self._named:
+        for parameter in self._parameters:
             self.adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=_local(parameter).device),
+                "step": torch.zeros((), dtype=torch.float32, device=local(parameter).device),
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
         self._move_state(to_host=True)
 
-    def step(self, update: int, num_updates_total: int) -> StepResult:
-        """Clip, step and clear the gradients of update number `update` (from 0) of the whole run.
+    def step(self, begin: float, end: float) -> StepResult:
+        """Clip, step and clear the gradients of the update that takes the run's progress from `begin` to `end`.
 
         A non-finite norm leaves parameters and Adam's state as they are.
         """
-        factor = rate_factor(update, self._section.warmup, self._section.decay, num_updates_total)
+        factor = rate_factor(begin, end, self._section.warmup, self._section.decay)
         rates: dict[str, float] = {}
         for group in self.adamw.param_groups:
             group["lr"] = rates[group["module"]] = self._rates[group["module"]] * factor
-        squares = self._squares()
-        norms = self._norms(squares)
+        norms = self._norms()
         is_finite = math.isfinite(norms[""])
         if is_finite:
             scale = self._section.clip_norm / (norms[""] + 1e-6)
             if scale < 1:
-                torch._foreach_mul_([_local(grad) for grad in self._grads()], scale)
+                torch._foreach_mul_([local(grad) for grad in self._grads()], scale)
             self._move_state(to_host=False)
             self.adamw.step()
             self._move_state(to_host=True)
@@ -99,22 +95,22 @@ class Optimizer:
                 state[key] = state[key].to(device)
 
     def _grads(self) -> list[Tensor]:
-        return [parameter.grad for _, parameter in self._named if parameter.grad is not None]
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def _squares(self) -> Tensor:
         """Sum of squares of every parameter's gradient over all ranks, float64 (number of trainable parameters,)."""
-        squares = torch.zeros(len(self._named), dtype=torch.float64, device=_local(self._named[0][1]).device)
-        present = [index for index, (_, parameter) in enumerate(self._named) if parameter.grad is not None]
+        squares = torch.zeros(len(self._parameters), dtype=torch.float64, device=local(self._parameters[0]).device)
+        present = [index for index, parameter in enumerate(self._parameters) if parameter.grad is not None]
         if present:
-            norms = torch._foreach_norm([_local(grad) for grad in self._grads()])
+            norms = torch._foreach_norm([local(grad) for grad in self._grads()])
             squares[present] = torch.stack(norms).to(torch.float64).square()
         if self._group is not None and dist.get_world_size(self._group) > 1:
             dist.all_reduce(squares, group=self._group)
         return squares
 
-    def _norms(self, squares: Tensor) -> dict[str, float]:
+    def _norms(self) -> dict[str, float]:
         sums: dict[str, float] = defaultdict(float)
-        for square, (module, layer) in zip(squares.tolist(), self._keys, strict=True):
+        for square, (module, layer) in zip(self._squares().tolist(), self._keys, strict=True):
             sums[""] += square
             sums[module] += square
             if layer is not None:
@@ -122,30 +118,15 @@ class Optimizer:
         return {key: math.sqrt(value) if value >= 0 else math.nan for key, value in sums.items()}
 
 
-def rate_factor(
-    update: int, warmup: float, decay: Literal["none", "linear", "cosine"], num_updates_total: int
-) -> float:
-    """Share of the full rate at `update`: linear over the first ceil(warmup · total) updates, of which update 0 already has 1/n;
-    then 1, or falling. The last update still has a rate above 0; so has every later one, should there be more than planned."""
-    num_warmup = math.ceil(warmup * num_updates_total)
-    if update < num_warmup:
-        return (update + 1) / num_warmup
-    num_falling = num_updates_total - num_warmup
-    left = max(1, num_updates_total - update) / max(1, num_falling)
+def rate_factor(begin: float, end: float, warmup: float, decay: Literal["none", "linear", "cosine"]) -> float:
+    """Share of the full rate for the update that takes the run's progress from `begin` to `end`, in (0, 1].
+
+    It rises linearly with `end` up to `warmup`: the first update has a rate. Then it is 1, or falls with `begin` towards 0 at the
+    end of the run: the last update has one, too.
+    """
+    if end < warmup:
+        return end / warmup
+    left = 1.0 if begin <= warmup else (1.0 - begin) / (1.0 - warmup)
     if decay == "linear":
         return left
     return 0.5 * (1 - math.cos(math.pi * left)) if decay == "cosine" else 1.0
-
-
-def rates_of(section: Section) -> Mapping[str, float]:
-    """Full learning rate per module."""
-    return {
-        module: section.lr if rate is None else rate
-        for module, rate in (("vit", section.lr_vit), ("connector", section.lr_connector), ("llm", section.lr_llm))
-    }
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """A DTensor's shard on this rank; an ordinary tensor itself."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()

@@ -1,23 +1,26 @@
 """Sends the model's weights to the generators: gather a bucket on all ranks, stay in step, rank 0 broadcasts, free.
 
 Called by the learner's actor, on every rank: `open_rendezvous` on rank 0, then `send` on all ranks with the same order while the
-generators receive. Extra memory on each rank: one gathered tensor; on rank 0 one bucket (`weight_layout.BUCKET_BYTES`) as well.
+generators receive. Extra memory on each rank: one gathered tensor; on rank 0 one bucket too (`vtriune.weights.layout.BUCKET_BYTES`).
 """
 
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch._C._distributed_c10d import TCPStore
 
+from learner.model.sharding import device_of, gathered
 from vtriune.messages import PublishOrder, PublishReport, Rendezvous, WeightEntry, WeightManifest
-from vtriune.weight_group import Deadline, Meeting, PeerFailure, Phase, PublishFailure, Receipt, WeightGroup, listen
-from vtriune.weight_layout import Bucket, Checksum, buckets_of, entry_of, view_of
+from vtriune.runtime import report_step
+from vtriune.weights.group import WeightGroup
+from vtriune.weights.layout import Bucket, Checksum, buckets_of, entry_of, view_of
+from vtriune.weights.meeting import Deadline, Meeting, PeerFailure, Phase, PublishFailure, Receipt, listen
 
 _GRACE_S = 10.0
 """Ranks wait this much longer for each other than for generators, so that rank 0's own account of a failure comes first."""
@@ -30,7 +33,6 @@ class WeightSender:
     trainable  whether the parameter of this name changes in training; what it refuses is sent only by full publishes
     dtype      floating-point tensors are sent as this type; None: as they are
     host       address of rank 0's machine at which generators meet it
-    backend    None: NCCL when the model is on an accelerator, else gloo
     """
 
     def __init__(
@@ -40,25 +42,16 @@ class WeightSender:
         *,
         dtype: torch.dtype | None = None,
         host: str = "127.0.0.1",
-        backend: Literal["gloo", "nccl"] | None = None,
     ) -> None:
-        self._model = model
-        self._trainable = trainable
-        self._dtype = dtype
-        self._host = host
+        self._model, self._trainable = model, trainable
+        self._dtype, self._host = dtype, host
         self._device = device_of(model)
-        self._backend: Literal["gloo", "nccl"] = backend or ("nccl" if self._device.type == "cuda" else "gloo")
-        self._num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self._backend: Literal["gloo", "nccl"] = "nccl" if self._device.type == "cuda" else "gloo"
         # On the CPU whatever carries the gradients: a flag must not queue behind kernels.
-        self._flags = dist.new_group(backend="gloo") if self._num_ranks > 1 else None
-        self._listening: tuple[Any, Rendezvous] | None = None
+        self._flags = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._listening: tuple[TCPStore, Rendezvous] | None = None
         self._group: WeightGroup | None = None
         self._group_size = 0
-
-    def manifest(self, full: bool, version: int = 0) -> WeightManifest:
-        """What a publish sends, in order: everything, or trainable parameters only. Not collective."""
-        tensors = self._tensors(full)
-        return WeightManifest(version, [self._entry(name, tensor) for name, tensor in tensors.items()])
 
     def open_rendezvous(self, num_members: int) -> Rendezvous:
         """Rank 0: serve the store of the next publish; `num_members` counts the learner."""
@@ -73,34 +66,39 @@ class WeightSender:
         """
         start = time.monotonic()
         deadline = Deadline(order.deadline_s)
-        courier = _Courier(self, order, deadline) if rank == 0 else None
+        root = _Root(self, order, deadline) if rank == 0 else None
         tensors = self._tensors(order.full)
         manifest = WeightManifest(order.version, [self._entry(name, tensor) for name, tensor in tensors.items()])
         try:
             with self._in_step("agree", deadline):
-                if courier is not None:
-                    courier.agree(manifest)
-            for bucket in buckets_of(manifest.entries):
+                if root is not None:
+                    root.agree(manifest)
+            for index, bucket in enumerate(buckets_of(manifest.entries), 1):
+                report_step("publish", f"bucket {index} of version {order.version}")
                 with self._in_step("transfer", deadline):
-                    self._send_bucket(bucket, tensors, courier)
+                    self._send_bucket(bucket, tensors, root)
             with self._in_step("load", deadline):
-                if courier is not None:
-                    courier.collect()
+                if root is not None:
+                    root.collect()
         except Exception as error:
             # Generators wait for rank 0 alone, so it passes on whatever broke on any rank.
-            if courier is None:
+            if root is None:
                 raise
-            raise courier.abandon(error) from error
-        total = courier.checksum if courier is not None else Checksum()
+            raise root.abandon(error) from error
+        total = root.checksum if root is not None else Checksum()
         return PublishReport(
             order.version, total.num_tensors, total.num_bytes, total.hexdigest(), time.monotonic() - start
         )
 
     def close(self) -> None:
         """Leave the data group and stop serving the store."""
+        self._leave()
+        self._listening = None
+
+    def _leave(self) -> None:
         if self._group is not None:
             self._group.close()
-        self._group, self._listening = None, None
+            self._group = None
 
     def _tensors(self, full: bool) -> dict[str, torch.Tensor]:
         """By name, in `state_dict()` order. A tied output layer is there under its own name: engines keep packed copies of it."""
@@ -116,16 +114,13 @@ class WeightSender:
         dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
         return entry_of(name, tensor.shape, dtype)
 
-    def _send_bucket(self, bucket: Bucket, tensors: dict[str, torch.Tensor], courier: "_Courier | None") -> None:
-        buffer = courier.buffer(bucket) if courier is not None else None
-        for slot in bucket.slots:
-            whole = gathered(tensors[slot.entry.name])
-            if courier is not None and buffer is not None:
-                view = view_of(buffer, slot)
-                view.copy_(whole)
-                courier.checksum.add(slot.entry, view)
-        if courier is not None and buffer is not None:
-            courier.broadcast(buffer)
+    def _send_bucket(self, bucket: Bucket, tensors: dict[str, torch.Tensor], root: "_Root | None") -> None:
+        wholes = (gathered(tensors[slot.entry.name]) for slot in bucket.slots)
+        if root is not None:
+            root.broadcast(bucket, wholes)
+        else:
+            for _ in wholes:
+                pass
 
     @contextlib.contextmanager
     def _in_step(self, phase: Phase, deadline: Deadline) -> Iterator[None]:
@@ -159,14 +154,12 @@ class WeightSender:
         return bool(flag.item())
 
 
-class _Courier:
-    """Rank 0's end of one publish: the meeting, the data group, the checksum."""
+class _Root:
+    """Rank 0 in one publish, the root of the broadcast: the meeting, the data group, the checksum."""
 
     def __init__(self, sender: WeightSender, order: PublishOrder, deadline: Deadline) -> None:
         self.checksum = Checksum()
-        self._sender = sender
-        self._order = order
-        self._deadline = deadline
+        self._sender, self._order, self._deadline = sender, order, deadline
         self._meeting: Meeting | None = None
 
     def agree(self, manifest: WeightManifest) -> None:
@@ -176,24 +169,23 @@ class _Courier:
             raise PublishFailure("meet", f"rendezvous {rendezvous} is not open here; call open_rendezvous first")
         store = sender._listening[0]
         self._meeting = Meeting(rendezvous, 0, self._deadline, store)
-        is_reusable = sender._group is not None and sender._group_size == rendezvous.num_members
-        holding = sender._group.name if sender._group is not None and is_reusable else ""
+        holding = sender._group.name if sender._group and sender._group_size == rendezvous.num_members else ""
         name = self._meeting.propose(holding, f"v{self._order.version}-{uuid.uuid4().hex[:12]}", manifest)
         if name != holding:
-            if sender._group is not None:
-                sender._group.close()
-            sender._group, sender._group_size = None, rendezvous.num_members
+            sender._leave()
+            sender._group_size = rendezvous.num_members
             sender._group = WeightGroup(rendezvous, name, 0, self._deadline, sender._device, store)
 
-    def buffer(self, bucket: Bucket) -> torch.Tensor:
-        """uint8 (num_bytes,), where the data group sends from."""
-        assert self._sender._group is not None
-        return torch.zeros(bucket.num_bytes, dtype=torch.uint8, device=self._sender._group.device)
-
-    def broadcast(self, buffer: torch.Tensor) -> None:
-        """Phase transfer, one bucket."""
-        assert self._sender._group is not None
-        self._sender._group.broadcast(buffer, self._deadline)
+    def broadcast(self, bucket: Bucket, wholes: Iterable[torch.Tensor]) -> None:
+        """Phase transfer, one bucket of the tensors that `wholes` gathers one by one."""
+        group = self._sender._group
+        assert group is not None
+        buffer = torch.zeros(bucket.num_bytes, dtype=torch.uint8, device=group.device)
+        for slot, whole in zip(bucket.slots, wholes, strict=True):
+            view = view_of(buffer, slot)
+            view.copy_(whole)
+            self.checksum.add(slot.entry, view)
+        group.broadcast(buffer, self._deadline)
 
     def collect(self) -> None:
         """Phase load: every generator loaded just what was sent."""
@@ -205,26 +197,5 @@ class _Courier:
         member's own account of its failure where there is one, rather than the broken connection it left."""
         phase: Phase = error.phase if isinstance(error, PublishFailure) else "gather"
         cause = error if self._meeting is None else self._meeting.tell(phase, error)
-        if self._sender._group is not None:
-            self._sender._group.close()
-            self._sender._group = None
+        self._sender._leave()
         return cause
-
-
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor on this rank; collective for a sharded one."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    sharded: Any = tensor.detach()
-    home = sharded.device_mesh.device_type
-    # Offloaded shards live on the CPU, their collectives on the accelerator.
-    whole: torch.Tensor = (sharded if sharded.device.type == home else sharded.to(home)).full_tensor()
-    return whole
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where `model` computes, which is not where its parameters are when they are offloaded to the host."""
-    tensor = next(model.parameters())
-    if isinstance(tensor, DTensor) and tensor.device_mesh.device_type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return tensor.device

@@ -1,98 +1,100 @@
 """Train again from a run's archived trajectories, no generator needed: `python -m learner.replay RUN [section.key=value …]`.
 
-Reads the run folder's configuration, its archive (`rollouts/version-*.parquet`) and `metrics.jsonl`, and gives the same groups to
-one learner rank in the order in which they were consumed: for debugging losses, and for benchmarks. With the run's own
-configuration, one rank and as many threads the parameters are those of the run, bit for bit on one CPU. Overrides try another
-loss, correction or rate on the same data. Writes one line per version to `<out>/metrics.jsonl`, and a checkpoint to
-`<out>/checkpoint` with `--save`.
+Reads the run folder's configuration and its archive (`rollouts/version-*.parquet`), and gives the same groups with the same orders to
+as many learner ranks as the run had, each with as many threads: for debugging losses, and for benchmarks. With the run's own
+configuration the parameters and moments are those of the run, bit for bit on the same kind of machine, whatever generators did
+meanwhile. Where the run was resumed its replay is, under what that start was configured to. Where the run has a checkpoint of the last
+version that is replayed, the two are compared.
+
+    --until VERSION    up to this version, instead of all that are archived
+    --locate OTHER     train nothing: name the first place at which RUN and the run in OTHER were trained on different things
+    section.key=value  another loss, correction, rate or number of ranks on the same data; what was ordered, `policy` and the run's
+                       length, is not theirs to change
+
+Writes one line per version to `<out>/metrics.jsonl`, and a checkpoint to `<out>/checkpoint` with `--save` or where one is compared.
+Exit code 0; 1 where a difference was found that no override explains; 2 for a run that cannot be read.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import msgspec
+
+from learner.archived_run import ArchivedBatch, ReplayError, last_version, read_run
+from learner.rank_processes import RankProcesses
+from verifiers import terminal
+from verifiers.texts import FileError
 from vtriune.config import Config, ConfigError, load
-from vtriune.data import archive
-from vtriune.data.store import StoreSet
-from vtriune.messages import ScoredGroup, TrainOrder, TrainReport
-from vtriune.schedule import Stance, correction, num_versions, update_batches
+from vtriune.messages import TrainReport
+from vtriune.record import starts
+from vtriune.record.checkpoint import problems
+from vtriune.run import orders
+
+if TYPE_CHECKING:
+    from learner.rank import LearnerRank
+
+CHECKPOINT = "checkpoint"
+"""The learner's part of a checkpoint at the end, below the folder that a replay writes to."""
+RESUMED = "resumed"
+"""The same where the run was resumed last."""
+ORDERED = ("policy.", "run.steps=", "run.epochs=", "run.seed=")
+"""Beginnings of overrides that would have no effect."""
+_NAMED = 5
+"""Differing tensors that are named; the others are counted."""
 
 
-class ReplayError(ValueError):
-    """A run folder that cannot be replayed: says which file is missing or does not fit."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """What one version was made of."""
-
-    groups: list[ScoredGroup]
-    order: TrainOrder
-
-
-def read_run(config: Config, run: Path) -> Iterator[Batch]:
-    """Archived versions in order, with the orders that the controller gave. Memory: one version.
-
-    Raises ReplayError when the archive is empty or a version is missing.
-    """
-    files = archive.files(run / "rollouts", "version")
-    if not files:
-        raise ReplayError(f"{run / 'rollouts'}: no archived version; name the folder of a run that trained")
-    modes = _modes(run / "metrics.jsonl")
-    policy = config.policy
-    per_version = policy.rollout_batch // (policy.update_batch or policy.rollout_batch)
-    num_updates_total = _num_versions(config, files[0][1]) * per_version
-    num_updates = 0
-    for expected, (number, path) in enumerate(files, 1):
-        if number != expected:
-            raise ReplayError(f"{path}: expected version {expected} next; every version from 1 on is needed")
-        groups = [archived.group for archived in archive.read(path)]
-        ids = [group.group.lease.group_id for group in groups]
-        updates = update_batches(ids, policy.update_batch or policy.rollout_batch)
-        stance = Stance("off_policy" if modes.get(number) else "on_policy", 0)
-        oldest = min(t.oldest_version for group in groups for t in group.group.trajectories)
-        order = TrainOrder(
-            version=number - 1,
-            updates=updates,
-            max_staleness=number - 1 - oldest,
-            correction=correction(config, stance),
-            first_update=num_updates,
-            num_updates_total=num_updates_total,
-            attempts={group.group.lease.group_id: group.group.lease.attempt for group in groups},
-        )
-        num_updates += len(updates)
-        yield Batch(groups, order)
-
-
-def replay(config: Config, run: Path, batches: Iterable[Batch], save_to: Path | None = None) -> Iterator[TrainReport]:
-    """Train on each batch in turn, yielding its report; at the end write the learner's part of a checkpoint to `save_to`."""
-    # torch is loaded by whoever trains, not by whoever reads `--help`.
-    from learner.service import LearnerService
-
-    service = LearnerService(config, str(run), store_folders(config), rank=0, num_ranks=1)
-    try:
-        service.connect("127.0.0.1", service.open_store())
+def replay(
+    config_of: Callable[[int], Config], batches: Iterable[ArchivedBatch], out: Path, *, saves: bool
+) -> Iterator[TrainReport]:
+    """Train on each batch in turn, yielding its report. Where `config_of` gives a version another configuration (as an object) than the
+    one before, the run was resumed there, and so is its replay: saved to `out`, opened anew, loaded. `saves`: also at the end."""
+    learner: LearnerRank | RankProcesses | None = None
+    config: Config | None = None
+    with contextlib.ExitStack() as open_ranks:
         for batch in batches:
+            wanted = config_of(batch.order.version + 1)
+            if learner is None or wanted is not config:
+                if learner is not None:
+                    _save(learner, out / RESUMED)
+                    open_ranks.close()
+                learner = open_ranks.enter_context(contextlib.closing(_opened(wanted)))
+                if config is not None:
+                    learner.load(str(out / RESUMED))
+                config = wanted
             for group in batch.groups:
-                service.deliver(group)
-            yield service.train(batch.order)
-        if save_to is not None:
-            save_to.mkdir(parents=True, exist_ok=True)
-            service.save(str(save_to))
-            service.saved()
-    finally:
-        service.close()
+                learner.deliver(group)
+            yield learner.train(batch.order)
+        if learner is not None and saves:
+            _save(learner, out / CHECKPOINT)
 
 
-def _num_versions(config: Config, first: Path) -> int:
-    """Of the whole run, which may have archived fewer so far: warm-up is a share of it."""
-    if config.run.steps is not None:
-        return config.run.steps
-    sample = next(archive.read(first)).group.group.lease.sample
-    return num_versions(config, len(StoreSet.open(store_folders(config)).store_of(sample)))
+def _opened(config: Config) -> "LearnerRank | RankProcesses":
+    # torch is loaded by whoever trains, not by whoever reads `--help`.
+    from learner.rank import LearnerRank
+
+    folders, num_ranks = store_folders(config), config.cluster.learner.procs
+    learner = LearnerRank(config, folders, 0, 1) if num_ranks == 1 else RankProcesses(config, folders)
+    try:
+        learner.connect("127.0.0.1", learner.open_store())
+    except BaseException:  # Whatever failed, processes that did start are ended before the error goes on.
+        learner.close()
+        raise
+    return learner
+
+
+def _save(learner: "LearnerRank | RankProcesses", folder: Path) -> None:
+    """The learner's part of a checkpoint; what an earlier replay left there goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    learner.save(str(folder))
+    learner.saved()
 
 
 def store_folders(config: Config) -> list[str]:
@@ -104,51 +106,130 @@ def store_folders(config: Config) -> list[str]:
     return found
 
 
-def _modes(path: Path) -> dict[int, float]:
-    """Version → whether it was trained off-policy, from the run's metrics."""
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise ReplayError(
-            f"{path}: cannot be read ({error.strerror}); name the folder of a run that trained"
-        ) from error
-    return {int(line["version"]): line.get("policy/is_off_policy", 0.0) for line in lines}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m learner.replay", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--out", type=Path, help="where to write; default: RUN/replay")
-    parser.add_argument("--versions", type=int, help="only the first so many versions")
+    parser.add_argument(
+        "--until", type=int, metavar="VERSION", help="the last version to train or to compare; default: all archived"
+    )
     parser.add_argument("--save", action="store_true", help="write a checkpoint at the end")
-    options = parser.parse_args(arguments)
-    out = options.out or options.run / "replay"
+    parser.add_argument("--locate", type=Path, metavar="OTHER", help="compare with another run's folder; train nothing")
+    options = parser.parse_intermixed_args(arguments)
+    if options.locate is not None and (options.overrides or options.out or options.save):
+        parser.error("--locate trains nothing and writes nothing: it takes no overrides, --out or --save")
     try:
-        config = load(options.run / "config.yaml", options.overrides)
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / "metrics.jsonl").open("w") as lines:
-            batches = _first(read_run(config, options.run), options.versions)
-            for report in replay(config, options.run, batches, out / "checkpoint" if options.save else None):
-                lines.write(json.dumps({"version": report.version + 1, **report.metrics}) + "\n")
-                lines.flush()
-                figures = ("loss", "grad_norm", "ratio/max", "mismatch/max_abs", "tokens/trained", "time/learn_s")
-                shown = "  ".join(f"{key} {report.metrics[key]:.4g}" for key in figures if key in report.metrics)
-                print(f"version {report.version + 1}: {shown}")
-    except (ConfigError, ReplayError) as error:
-        print(f"cannot replay: {error}", file=sys.stderr)
+        if options.locate is not None:
+            return int(_locate(options.run, options.locate, options.until))
+        if ordered := [text for text in options.overrides if text.startswith(ORDERED)]:
+            raise ReplayError(
+                f"{', '.join(ordered)}: a replay trains what was ordered; override keys of loss, optimizer or model"
+            )
+        return int(_replay(options.run, options.overrides, options.until, options.save, options.out))
+    except (ConfigError, FileError, ReplayError) as error:
+        print(f"cannot {'replay' if options.locate is None else 'compare'}: {error}", file=sys.stderr)
         return 2
+
+
+def _replay(run: Path, overrides: Sequence[str], until: int | None, saves: bool, out: Path | None) -> bool:
+    """Train, print, write; whether the outcome is not the run's although nothing was overridden."""
+    config_of, out = _configurations(run, overrides), out or run / "replay"
+    last = _last_version(run, until)
+    checkpoint = run / "checkpoints" / f"step-{last}"
+    compares = checkpoint.is_dir() and (saves or not overrides)
+    batches: Iterator[ArchivedBatch] = itertools.islice(read_run(run), last)
+    if any(text.startswith("loss.correction=") for text in overrides):
+        batches = _corrected(config_of, batches)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "metrics.jsonl").open("w", encoding="utf-8") as lines:
+        for report in replay(config_of, batches, out, saves=saves or compares):
+            lines.write(json.dumps({"version": report.version + 1, **report.metrics}) + "\n")
+            lines.flush()
+            figures = ("loss", "grad_norm", "ratio/max", "mismatch/max_abs", "tokens/trained", "time/learn_s")
+            shown = "  ".join(f"{key} {report.metrics[key]:.4g}" for key in figures if key in report.metrics)
+            print(f"version {report.version + 1}: {shown}")
+    if not checkpoint.is_dir():
+        print(f"parameters are not compared: there is no {checkpoint}")
+    differs = compares and _tell_tensors(last, out / CHECKPOINT, checkpoint)
     print(f"everything is in {out}")
-    return 0
+    return differs and not overrides
 
 
-def _first(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:
-    for number, batch in enumerate(batches, 1):
-        if limit is not None and number > limit:
-            return
-        yield batch
+def _configurations(run: Path, overrides: Sequence[str]) -> Callable[[int], Config]:
+    """What each version was trained under, with `overrides`; one object for all versions of a start."""
+    known = starts.starts(run) or [starts.Start(1, 0, run / "config.yaml")]
+    configs = {start: load(start.path, overrides) for start in known}
+    return lambda version: configs[starts.start_of(version, known)]
+
+
+def _last_version(run: Path, until: int | None) -> int:
+    """`until`, or the last archived version."""
+    archived = last_version(run)
+    if until is not None and not 1 <= until <= archived:
+        raise ReplayError(f"--until {until}: {run / 'rollouts'} holds versions 1 to {archived}; name one of them")
+    return until or archived
+
+
+def _corrected(config_of: Callable[[int], Config], batches: Iterable[ArchivedBatch]) -> Iterator[ArchivedBatch]:
+    """The same batches under the correction that is configured."""
+    for batch in batches:
+        order = batch.order
+        correction = orders.correction(config_of(order.version + 1), order.max_staleness, len(order.updates))
+        yield ArchivedBatch(batch.groups, msgspec.structs.replace(order, correction=correction))
+
+
+def _locate(ours: Path, theirs: Path, until: int | None) -> bool:
+    """Print where the run in `ours` and that in `theirs` part, up to a version; whether they do."""
+    from learner.locate import compare, differing_keys
+
+    print(f"here: {ours}, there: {theirs}")
+    configs = (msgspec.to_builtins(load(run / "config.yaml")) for run in (ours, theirs))
+    for line in differing_keys(*configs):
+        print(f"configuration: {line}")
+    last = _last_version(ours, until)
+    num_equal, difference = compare(*(itertools.islice(read_run(run), last) for run in (ours, theirs)))
+    if difference is not None:
+        print(f"first difference: {difference}")
+    else:
+        print(f"trained on the same up to version {num_equal}, the last that was compared")
+    return _parameters_differ(ours, theirs, num_equal) or difference is not None
+
+
+def _parameters_differ(ours: Path, theirs: Path, num_equal: int) -> bool:
+    """Print how the parameters of the last version compare that was trained on the same and of which both runs have a checkpoint."""
+    both = [
+        version
+        for version in range(1, num_equal + 1)
+        if all((run / "checkpoints" / f"step-{version}").is_dir() for run in (ours, theirs))
+    ]
+    if not both:
+        print(f"parameters are not compared: no version up to {num_equal} has a checkpoint in both")
+        return False
+    return _tell_tensors(both[-1], *(run / "checkpoints" / f"step-{both[-1]}" for run in (ours, theirs)))
+
+
+def _tell_tensors(version: int, ours: Path, theirs: Path) -> bool:
+    """Print how parameters and moments of two checkpoints compare; whether any differ."""
+    from learner.checkpointing import SavedTensors
+    from learner.locate import differing_tensors
+
+    # A replay's own has no manifest: it is the learner's part alone.
+    if found := [text for folder in (ours, theirs) if folder.parent.name == "checkpoints" for text in problems(folder)]:
+        raise ReplayError(f"{'; '.join(found)}; restore it, or compare another version")
+    one = SavedTensors(ours)
+    differing = list(differing_tensors(one, SavedTensors(theirs)))
+    what = f"parameters and moments of version {version} against {theirs}:"
+    if not differing:
+        print(f"{what} the same bit for bit, {len(one)} tensors")
+        return False
+    print(f"{what} {len(differing)} of {len(one)} tensors differ")
+    for tensor in differing[:_NAMED]:
+        print(f"  {tensor}")
+    return True
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     sys.exit(main())

@@ -1,12 +1,23 @@
-"""The order of the suite: what takes minutes begins first, so that no worker is left alone with it at the end."""
+"""The order of the suite: what takes minutes begins first, so that no worker is left alone with it at the end; who
+listens to steps."""
 
 from pathlib import Path
 
 import pytest
 
-LONGEST_FIRST = ["system/test_run.py", "system/test_ray.py", "checkpoint/test_kills.py", "learner/test_options.py"]
+from vtriune.runtime import steps
+
+LONGEST_FIRST = ["system/test_run.py", "system/test_ray.py", "learner/test_options.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Every step that this process tells of from now on: its work and its words."""
+    found: list[tuple[str, str]] = []
+    monkeypatch.setattr(steps, "_note", lambda who, work, step, within_s: found.append((work, step)))
+    return found

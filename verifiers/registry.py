@@ -3,19 +3,16 @@
     @verifier("exact")
     def exact(response: str, gold: str, params: ExactParams, context: Context) -> Outcome: ...
 
-The third argument's annotation is the parameter struct. A class registers the same way, with a method `score` of that
-signature, and may add:
+The third argument's annotation is the parameter struct. AnswerError says that the response holds no answer, GoldError and SpecError
+blame the row; anything else raised is a fault. A class registers the same way, with a method `score` of that signature, and may add:
     is_bounded      true where its time is bounded by the response's length: the pool may score it without a worker
     score_batch     many tasks at once
     score_at_once   the outcome of a task where it is known in microseconds, else None
     cache_key       what a task's outcome depends on
     gold_response   the gold answer as a model should give it
     check           what is wrong with a row, apart from its gold answer
-Other packages register through the entry-point group `vtriune.verifiers`: each entry names a module to import. An
-unknown name or parameter is a SpecError with the nearest one.
+Other packages register through the entry-point group `vtriune.verifiers`: each entry names a module to import.
 """
-
-from __future__ import annotations
 
 import difflib
 import importlib
@@ -23,33 +20,36 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Any, Literal, Protocol, TypeVar, cast, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 
-from verifiers.types import RewardOptions, RewardSpec
+from verifiers.types import ImageSizes, RewardOptions, RewardSpec
 
 # Keys of the row schema: any row may carry them, whatever its verifier.
 SCHEMA_KEYS = ("verifier_style", "det_verifier_normalized", "det_reward_ratio")
 BUILT_IN = {
-    "mathverify": "verifiers.mathverify",
-    "detection": "verifiers.detection",
-    "ocr": "verifiers.ocr",
-    "multiple_choice": "verifiers.multiple_choice",
-    "counting": "verifiers.counting",
-    "point": "verifiers.point",
-    "polygon": "verifiers.polygon",
-    "temporal": "verifiers.temporal",
-    "json_fields": "verifiers.json_fields",
-    "python": "verifiers.python_function",
+    "mathverify": "verifiers.kinds.mathverify",
+    "detection": "verifiers.kinds.detection",
+    "ocr": "verifiers.kinds.ocr",
+    "multiple_choice": "verifiers.kinds.multiple_choice",
+    "counting": "verifiers.kinds.counting",
+    "point": "verifiers.kinds.point",
+    "polygon": "verifiers.kinds.polygon",
+    "temporal": "verifiers.kinds.temporal",
+    "json_fields": "verifiers.kinds.json_fields",
+    "python": "verifiers.kinds.python_function",
 }
 ENTRY_POINTS = "vtriune.verifiers"
+T = TypeVar("T")
 
 
 class SpecError(ValueError):
-    """A row's reward set-up is wrong: unknown verifier or parameter, a value outside its range. The message says what
-    to change.
-    """
+    """A row's reward set-up is wrong: unknown verifier or parameter, a value out of range. The message says what to change."""
+
+
+class AnswerError(ValueError):
+    """The response holds no answer of the kind asked for, or several: a bad answer, with the message as its reason."""
 
 
 class GoldError(ValueError):
@@ -61,10 +61,13 @@ class JudgeError(Exception):
 
 
 class Context(msgspec.Struct, frozen=True):
-    """What a verifier may know beyond its row: the options, and the training progress in [0, 1]."""
+    """What a verifier may know beyond its row."""
 
     options: RewardOptions
-    progress: float
+    progress: float | None
+    """Training progress in [0, 1]; None means evaluation."""
+    image_sizes: ImageSizes = ()
+    """Of the prompt's images; empty where the caller does not know them."""
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -90,83 +93,60 @@ class NoParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of a verifier that has none."""
 
 
-class Implementation(Protocol):
-    """What the registry holds for a name, whether it came from a function or a class."""
-
-    params_type: type[msgspec.Struct]
-    is_bounded: bool
-
-    def score_batch(self, tasks: Sequence[Task]) -> list[Outcome | Exception]: ...
-    def score_at_once(self, task: Task) -> Outcome | Exception | None: ...
-    def cache_key(self, task: Task) -> tuple[Hashable, ...] | None: ...
-    def gold_response(self, gold: str, params: Any, context: Context) -> str: ...
-    def check(self, gold: str, params: Any, context: Context) -> str | None: ...
-
-
-class _Registered:
-    """Fills in what a registered function or class leaves out."""
+class Implementation:
+    """What the registry holds for a name: a function or an instance of a class, and what either leaves out filled in."""
 
     def __init__(self, name: str, target: Any) -> None:
-        made = target() if inspect.isclass(target) else target
-        self.score = cast("Callable[..., Outcome]", getattr(made, "score", made))
-        signature = list(inspect.signature(self.score).parameters)
+        made: Any = target() if inspect.isclass(target) else target
+        self._score: Callable[..., Outcome] = getattr(made, "score", made)
+        signature = list(inspect.signature(self._score).parameters)
         if len(signature) != 4:
             raise TypeError(f"verifier {name!r} must take (response, gold, params, context), not {signature}")
-        params_type = get_type_hints(self.score).get(signature[2])
+        params_type = get_type_hints(self._score).get(signature[2])
         if not (inspect.isclass(params_type) and issubclass(params_type, msgspec.Struct)):
             raise TypeError(f"verifier {name!r}: annotate {signature[2]!r} with a msgspec.Struct of its parameters")
         self.params_type: type[msgspec.Struct] = params_type
         self.is_bounded: bool = getattr(made, "is_bounded", False)
-        self._at_once: Callable[[Task], Outcome | None] | None = getattr(made, "score_at_once", None)
-        self._cache_key: Callable[[Task], tuple[Hashable, ...] | None] | None = getattr(made, "cache_key", None)
-        self._batch: Callable[[Sequence[Task]], list[Outcome | Exception]] | None = getattr(made, "score_batch", None)
-        self._gold_response: Callable[[str, Any, Context], str] | None = getattr(made, "gold_response", None)
-        self._check: Callable[[str, Any, Context], str | None] | None = getattr(made, "check", None)
+        self.score_batch: Callable[[Sequence[Task]], list[Outcome | Exception]]
+        self.score_batch = getattr(made, "score_batch", self._score_one_by_one)
+        self.cache_key: Callable[[Task], tuple[Hashable, ...] | None]
+        self.cache_key = getattr(made, "cache_key", lambda task: None)
+        self.check: Callable[[str, Any, Context], str | None]
+        self.check = getattr(made, "check", lambda gold, params, context: None)
+        self._at_once: Callable[[Task], Outcome | None] = getattr(made, "score_at_once", lambda task: None)
+        self._gold_answer: Callable[[str, Any, Context], str]
+        self._gold_answer = getattr(made, "gold_response", lambda gold, params, context: gold)
 
-    def score_batch(self, tasks: Sequence[Task]) -> list[Outcome | Exception]:
-        if self._batch is not None:
-            return self._batch(tasks)
-        out: list[Outcome | Exception] = []
-        for task in tasks:
-            try:
-                out.append(self.score(task.response, task.gold, task.params, task.context))
-            # A verifier may raise anything; the caller turns it into this sample's fault and the others keep their
-            # scores.
-            except Exception as error:
-                out.append(error)
-        return out
+    def _score_one_by_one(self, tasks: Sequence[Task]) -> list[Outcome | Exception]:
+        return [_result(self._score, task.response, task.gold, task.params, task.context) for task in tasks]
 
     def score_at_once(self, task: Task) -> Outcome | Exception | None:
         """The outcome where it is certain to cost microseconds, else None."""
-        if self._at_once is None:
-            return None
-        try:
-            return self._at_once(task)
-        # As in score_batch: whatever a verifier raises is its own sample's fault.
-        except Exception as error:
-            return error
-
-    def cache_key(self, task: Task) -> tuple[Hashable, ...] | None:
-        """What the outcome depends on, or None where it must not be remembered."""
-        return None if self._cache_key is None else self._cache_key(task)
+        return _result(self._at_once, task)
 
     def gold_response(self, gold: str, params: Any, context: Context) -> str:
-        answer = gold if self._gold_response is None else self._gold_response(gold, params, context)
-        return f"<think>\n</think>\n<answer>\n{answer}\n</answer>"
+        """The gold answer as a model should give it, tags and all."""
+        return f"<think>\n</think>\n<answer>\n{self._gold_answer(gold, params, context)}\n</answer>"
 
-    def check(self, gold: str, params: Any, context: Context) -> str | None:
-        return None if self._check is None else self._check(gold, params, context)
+
+def _result(work: Callable[..., T], *arguments: object) -> T | Outcome | Exception:
+    try:
+        return work(*arguments)
+    except AnswerError as error:
+        return Outcome(0.0, status="bad_answer", reason=str(error))
+    # A verifier may raise anything; the caller turns it into this sample's fault and the others keep their scores.
+    except Exception as error:
+        return error
 
 
 _registered: dict[str, Implementation] = {}
-V = TypeVar("V")
 
 
-def verifier(name: str) -> Callable[[V], V]:
+def verifier(name: str) -> Callable[[T], T]:
     """Register a function or class under `name`; a name taken by another module is a ValueError."""
 
-    def register(target: V) -> V:
-        _registered[name] = _Registered(name, target)
+    def register(target: T) -> T:
+        _registered[name] = Implementation(name, target)
         return target
 
     if name in _registered:
@@ -203,19 +183,14 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def params_of(spec: RewardSpec, implementation: Implementation) -> Any:
-    """The row's parameters as the verifier's struct; nulls count as absent. SpecError for an unknown key or a value
-    that does not fit.
-    """
-    given = spec.verifier_parm or {}
+    """The row's parameters as the verifier's struct; nulls count as absent. SpecError for an unknown key or an unfit value."""
     fields = implementation.params_type.__struct_fields__
-    kept = {}
-    for key, value in given.items():
-        if key in fields:
-            if value is not None:
-                kept[key] = value
-        elif value is not None and key not in SCHEMA_KEYS:
+    given = {key: value for key, value in (spec.verifier_parm or {}).items() if value is not None}
+    for key in given:
+        if key not in fields and key not in SCHEMA_KEYS:
             hint = nearest(key, fields)
             raise SpecError(f"verifier {spec.verifier!r} has no parameter {key!r}{hint}; it has {list(fields)}")
+    kept = {key: value for key, value in given.items() if key in fields}
     try:
         return msgspec.convert(kept, implementation.params_type, strict=False)
     except msgspec.ValidationError as error:

@@ -1,19 +1,17 @@
 """The front of the library: one response or many, scored by whatever verifier each row names.
 
-Scores go through one path, whoever calls: the pool, the checks at data load, the offline rescorer. Options are a
-process-wide default that `configure` sets, or a keyword argument.
+Scores go through one path, whoever calls: the pool, the checks at data load, the offline rescorer. Options are a process-wide
+default that `configure` sets, or a keyword argument.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from verifiers.registry import Context, GoldError, Implementation, JudgeError, Outcome, SpecError, Task, find, params_of
 from verifiers.tags import tag_format
-from verifiers.types import RewardOptions, RewardSpec, Verdict, fault
+from verifiers.types import ImageSize, RewardOptions, RewardSpec, Verdict, fault
 
 # Begins the reason of a fault that the data must answer for.
 BAD_ROW = "bad row: "
@@ -35,14 +33,19 @@ def current_options() -> RewardOptions:
 
 
 def score(
-    response: str, spec: RewardSpec, progress: float | None = 1.0, *, options: RewardOptions | None = None
+    response: str,
+    spec: RewardSpec,
+    progress: float | None = 1.0,
+    *,
+    options: RewardOptions | None = None,
+    image_sizes: Sequence[ImageSize] = (),
 ) -> Verdict:
-    """The verdict on one response. `progress` in [0, 1] is the share of training done; None means evaluation, with a
-    fixed threshold.
+    """The verdict on one response. `progress` in [0, 1] is the share of training done; None means evaluation. `image_sizes`: of the
+    prompt's images, which rows need whose frames differ and that name no sizes themselves.
 
     Raises nothing for any response, gold answer or row: what cannot be judged is a `fault` with its reason.
     """
-    return score_batch([response], [spec], progress, options=options)[0]
+    return score_batch([response], [spec], progress, options=options, image_sizes=[image_sizes])[0]
 
 
 def score_batch(
@@ -51,26 +54,26 @@ def score_batch(
     progress: float | None = 1.0,
     *,
     options: RewardOptions | None = None,
+    image_sizes: Sequence[Sequence[ImageSize]] | None = None,
 ) -> list[Verdict]:
-    """Verdicts in the order of the responses; see `score`. ValueError where the two lengths differ.
+    """Verdicts in the order of the responses; see `score`. ValueError where lengths differ.
 
     Samples of one vectorised verifier are scored in one kernel call. A group may pass the same spec object for each
     completion: its parameters are then read once.
     """
-    routed = route(responses, specs, progress, options=options)
+    routed = route(responses, specs, progress, options=options, image_sizes=image_sizes)
     for group in routed.batches.values():
         for index, outcome in zip(group.indices, group.implementation.score_batch(group.tasks), strict=True):
             routed.settle(index, outcome)
     return routed.complete()
 
 
-class Batch:
+class Batch(NamedTuple):
     """Tasks of one verifier, with their places in the call."""
 
-    def __init__(self, implementation: Implementation) -> None:
-        self.implementation = implementation
-        self.indices: list[int] = []
-        self.tasks: list[Task] = []
+    implementation: Implementation
+    indices: list[int]
+    tasks: list[Task]
 
 
 class Routed:
@@ -99,13 +102,16 @@ def route(
     progress: float | None,
     *,
     options: RewardOptions | None = None,
+    image_sizes: Sequence[Sequence[ImageSize]] | None = None,
 ) -> Routed:
     """Sort responses by verifier. Bad rows and overlong responses get their verdict here; nothing else is looked at."""
     if len(responses) != len(specs):
         raise ValueError(f"{len(responses)} responses for {len(specs)} specs")
+    if image_sizes is not None and len(image_sizes) != len(specs):
+        raise ValueError(f"image sizes of {len(image_sizes)} samples for {len(specs)} specs")
     chosen = options or _process_options
-    context = Context(chosen.for_evaluation(), 1.0) if progress is None else Context(chosen, progress)
-    routed = Routed(responses, specs, context)
+    routed = Routed(responses, specs, Context(chosen, progress))
+    contexts: dict[tuple[ImageSize, ...], Context] = {(): routed.context}
     read: dict[int, tuple[Implementation, Any] | SpecError] = {}
     for index, (response, spec) in enumerate(zip(responses, specs, strict=True)):
         known = read.get(id(spec))
@@ -124,21 +130,19 @@ def route(
             implementation, params = known
             batch = routed.batches.get(spec.verifier)
             if batch is None:
-                batch = routed.batches[spec.verifier] = Batch(implementation)
+                batch = routed.batches[spec.verifier] = Batch(implementation, [], [])
             batch.indices.append(index)
-            batch.tasks.append(Task(response, spec.gold, params, context))
+            sizes = () if image_sizes is None else tuple(image_sizes[index])
+            if sizes not in contexts:
+                contexts[sizes] = Context(chosen, progress, sizes)
+            batch.tasks.append(Task(response, spec.gold, params, contexts[sizes]))
     return routed
 
 
 def _read(spec: RewardSpec) -> tuple[Implementation, Any]:
-    if not (
-        spec.accuracy_ratio >= 0.0
-        and spec.format_ratio >= 0.0
-        and 0.0 < spec.accuracy_ratio + spec.format_ratio < 1e300
-    ):
-        raise SpecError(
-            f"accuracy_ratio {spec.accuracy_ratio} and format_ratio {spec.format_ratio} must be ≥ 0 with a positive, finite sum"
-        )
+    a, f = spec.accuracy_ratio, spec.format_ratio
+    if not (a >= 0.0 and f >= 0.0 and 0.0 < a + f < 1e300):
+        raise SpecError(f"accuracy_ratio {a} and format_ratio {f} must be ≥ 0 with a positive, finite sum")
     implementation = find(spec.verifier)
     return implementation, params_of(spec, implementation)
 
@@ -147,75 +151,84 @@ def to_verdict(response: str, spec: RewardSpec, outcome: Outcome | Exception, op
     """R = (a·R_acc + f·R_fmt)/(a + f); an exception is a fault."""
     if isinstance(outcome, SpecError | GoldError):
         return fault(f"{BAD_ROW}{outcome}")
-    if isinstance(outcome, JudgeError):
-        return fault(f"{spec.verifier}: {outcome}")
     if isinstance(outcome, Exception):
-        return fault(f"{spec.verifier}: {type(outcome).__name__}: {outcome}")
+        kind = "" if isinstance(outcome, JudgeError) else f"{type(outcome).__name__}: "
+        return fault(f"{spec.verifier}: {kind}{outcome}")
     accuracy = outcome.accuracy
     form = tag_format(response, options.format) if outcome.format is None else outcome.format
     if not (0.0 <= accuracy <= 1.0 and 0.0 <= form <= 1.0):
         return fault(f"{spec.verifier} returned accuracy {accuracy} and format {form}, outside [0, 1]")
     a, f = spec.accuracy_ratio, spec.format_ratio
-    return Verdict(
-        outcome.status, (a * accuracy + f * form) / (a + f), accuracy, form, outcome.components, outcome.reason
-    )
+    reward = (a * accuracy + f * form) / (a + f)
+    return Verdict(outcome.status, reward, accuracy, form, outcome.components, outcome.reason)
 
 
-def validate_spec(spec: RewardSpec, *, options: RewardOptions | None = None) -> str | None:
-    """What is wrong with a row's reward set-up, in one sentence, or None: unknown verifier or parameter, weights that
-    sum to 0, no gold.
-
-    Scores nothing; `check_gold` does.
-    """
+def validate_spec(
+    spec: RewardSpec, *, options: RewardOptions | None = None, image_sizes: Sequence[ImageSize] = ()
+) -> str | None:
+    """What is wrong with a row's reward set-up, in one sentence, or None. Scores nothing; `check_gold` does."""
     try:
         implementation, params = _read(spec)
         if not spec.gold.strip():
             return "no gold answer: both ground_truth and answer are empty"
-        return implementation.check(spec.gold, params, Context(options or _process_options, 1.0))
+        return implementation.check(spec.gold, params, Context(options or _process_options, 1.0, tuple(image_sizes)))
     except (SpecError, GoldError) as error:
         return str(error)
 
 
-def check_gold(spec: RewardSpec, *, options: RewardOptions | None = None) -> str | None:
-    """None if the gold answer, given in the form a model should give it, scores accuracy 1 through the real path; else
-    what it scores.
+def check_gold(
+    spec: RewardSpec, *, options: RewardOptions | None = None, image_sizes: Sequence[ImageSize] = ()
+) -> str | None:
+    """None if the gold answer, given as a model should give it, scores accuracy 1 through the real path; else what it scores.
 
-    Data load and `--dry-run` call it on every row before anything is trained on.
+    `VerifierPool.check_golds` does the same to many, where none can hang.
     """
-    problem = validate_spec(spec, options=options)
-    if problem is not None:
-        return problem
-    implementation, params = _read(spec)
-    context = Context(options or _process_options, 1.0)
     try:
-        response = implementation.gold_response(spec.gold, params, context)
+        response = gold_response(spec, options=options, image_sizes=image_sizes)
     except GoldError as error:
         return str(error)
-    verdict = score(response, spec, options=options)
+    return gold_problem(spec, score(response, spec, options=options, image_sizes=image_sizes))
+
+
+def gold_response(
+    spec: RewardSpec, *, options: RewardOptions | None = None, image_sizes: Sequence[ImageSize] = ()
+) -> str:
+    """The gold answer as a model should give it. GoldError for a row whose set-up or gold answer cannot be used."""
+    try:
+        if (problem := validate_spec(spec, options=options, image_sizes=image_sizes)) is not None:
+            raise GoldError(problem)
+        implementation, params = _read(spec)
+        context = Context(options or _process_options, 1.0, tuple(image_sizes))
+        return implementation.gold_response(spec.gold, params, context)
+    except GoldError:
+        raise
+    # A verifier's `check` and `gold_response` may raise anything, which is this row's affair alone.
+    except Exception as error:
+        raise GoldError(f"{spec.verifier}: {type(error).__name__}: {error}") from error
+
+
+def gold_problem(spec: RewardSpec, verdict: Verdict) -> str | None:
+    """What is wrong with the row, by the verdict on its own gold answer; None where that scores 1."""
     if verdict.status == "fault":
-        return verdict.reason
+        is_told = verdict.reason.startswith(BAD_ROW)
+        return verdict.reason if is_told else f"the gold answer {spec.gold[:200]!r} cannot be judged: {verdict.reason}"
     if verdict.accuracy < GOLD_ACCURACY:
         return f"the gold answer {spec.gold[:200]!r} scores {verdict.accuracy:g} under {spec.verifier!r}, not 1 ({verdict.reason})"
     return None
 
 
 def is_correct(verdict: Verdict, spec: RewardSpec, *, options: RewardOptions | None = None) -> bool:
-    """Whether an answer counts as correct in the metrics: accuracy ≥ 1 − 1e-6, or for detection the configured
-    component's threshold.
+    """Whether an answer counts as correct, in metrics and reports; a fault never does.
+
+    By accuracy ≥ 1 − 1e-6; for detection, where there is something to find, by `correct_component` ≥ `correct_threshold`.
     """
-    if verdict.status == "fault":
-        return False
     chosen = options or _process_options
-    if spec.verifier != "detection":
-        return verdict.accuracy >= GOLD_ACCURACY
-    value = verdict.components.get(chosen.correct_component)
+    value = verdict.components.get(chosen.correct_component) if spec.verifier == "detection" else None
     return verdict.accuracy >= GOLD_ACCURACY if value is None else value >= chosen.correct_threshold
 
 
 def spec_from_row(reward_model: dict[str, Any]) -> RewardSpec:
-    """The spec of a row's `reward_model` struct as Parquet gives it; nulls take the field's default. SpecError where a
-    type does not fit.
-    """
+    """The spec of a row's `reward_model`, as Parquet gives it; nulls take the field's default. SpecError for a type that is wrong."""
     try:
         return msgspec.convert({key: value for key, value in reward_model.items() if value is not None}, RewardSpec)
     except msgspec.ValidationError as error:

@@ -1,6 +1,6 @@
 """The reward library over HTTP, for trainers that are not ours: `python -m verifiers.serve --port 8000 --workers 4`.
 
-    POST /score   {"responses": […], "specs": [{…}], "progress": 0.5, "sources": […]} → {"verdicts": [{…}]}
+    POST /score   {"responses": […], "specs": [{…}], "progress": 0.5, "sources": […], "image_sizes": […]} → {"verdicts": [{…}]}
     POST /judge   the released V-Triune server's request → its answer; what it answered with zeros is an error here
     GET  /metrics flat figures                              GET /health
 
@@ -9,37 +9,38 @@ limit, 422 `bad_row` for a row or gold answer that cannot be used, 503 `fault` w
 /score is a verdict with status `fault` and null scores. Loopback only, unless a token is given.
 """
 
-from __future__ import annotations
-
 import argparse
 import hmac
 import ipaddress
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 
-from verifiers.breaker import FaultRateError
-from verifiers.crew import CrewError
-from verifiers.pool import VerifierPool
-from verifiers.scoring import BAD_ROW, validate_spec
-from verifiers.types import RewardOptions, RewardSpec, Verdict
+from verifiers import terminal
+from verifiers.pool.breaker import FaultRateError
+from verifiers.pool.lanes import LanesError
+from verifiers.pool.pool import VerifierPool
+from verifiers.scoring import BAD_ROW, spec_from_row, validate_spec
+from verifiers.types import ImageSize, RewardOptions, RewardSpec, Verdict
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 TOKEN_VARIABLE = "VERIFIERS_TOKEN"
 
 
 class ScoreRequest(msgspec.Struct, frozen=True):
-    """A batch; `progress` null means evaluation."""
+    """A batch; `progress` null means evaluation. `image_sizes`: of each response's prompt a list of its images' sizes, each
+    [[width, height] in the data, [width, height] as the model saw it]."""
 
     responses: list[str]
     specs: list[RewardSpec]
     progress: float | None = 1.0
     sources: list[str] | None = None
+    image_sizes: list[list[ImageSize]] | None = None
 
 
 class JudgeRequest(msgspec.Struct, frozen=True):
@@ -93,26 +94,26 @@ async def _body(request: Request, kind: type[msgspec.Struct]) -> Any:
 
 def released_request(asked: JudgeRequest) -> tuple[RewardSpec, float | None]:
     """The spec and progress of a released request: its training step is our progress, its image grid the resized image's size."""
+    given = asked.reward_verifier_parm or "{}"
     try:
-        parms = msgspec.json.decode(asked.reward_verifier_parm or "{}", type=dict[str, Any])
-        extra = msgspec.convert(
-            {name: parms.pop(name) for name in ReleasedParms.__struct_fields__ if name in parms}, ReleasedParms
-        )
+        extra = msgspec.json.decode(given, type=ReleasedParms)
+        parms = msgspec.json.decode(given, type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise RequestError(400, "bad_request", f"reward_verifier_parm: {error}") from error
+    kept = {name: value for name, value in parms.items() if name not in ReleasedParms.__struct_fields__}
     if extra.image_grid_thw and parms.get("det_verifier_normalized"):
         _, height, width = extra.image_grid_thw[0]
-        parms["resized_size"] = [width, height]
-    spec = RewardSpec(
-        answer=asked.answer,
-        ground_truth=asked.solution,
-        accuracy_ratio=1.0 if asked.accuracy_ratio is None else asked.accuracy_ratio,
-        format_ratio=0.1 if asked.format_ratio is None else asked.format_ratio,
-        verifier=asked.reward_verifier,
-        verifier_parm=parms,
-    )
+        kept["resized_size"] = [width, height]
+    row = {
+        "answer": asked.answer,
+        "ground_truth": asked.solution,
+        "accuracy_ratio": asked.accuracy_ratio,
+        "format_ratio": asked.format_ratio,
+        "verifier": asked.reward_verifier,
+        "verifier_parm": kept,
+    }
     progress = min(1.0, extra.step / extra.total_steps) if extra.is_training and extra.total_steps > 0 else None
-    return spec, progress
+    return spec_from_row(row), progress
 
 
 def released_answer(verdict: Verdict) -> dict[str, dict[str, float]]:
@@ -133,34 +134,37 @@ def create_app(pool: VerifierPool, token: str | None = None) -> FastAPI:
         finally:
             await pool.close()
 
-    app = FastAPI(title="verifiers", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def authorize(request: Request) -> None:
         given = request.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            return _answer({"error": {"type": "unauthorized", "message": "a bearer token is required"}}, 401)
-        return await call_next(request)
+            raise RequestError(401, "unauthorized", "a bearer token is required")
+
+    app = FastAPI(lifespan=lifespan, dependencies=[Depends(authorize)], openapi_url=None)
 
     @app.exception_handler(RequestError)
     async def refused(_request: Request, error: RequestError) -> Response:
         return _answer({"error": {"type": error.kind, "message": str(error)}}, error.status)
 
     async def verdicts(
-        responses: list[str], specs: list[RewardSpec], progress: float | None, sources: list[str]
+        responses: list[str],
+        specs: list[RewardSpec],
+        progress: float | None,
+        sources: list[str],
+        image_sizes: list[list[ImageSize]] | None = None,
     ) -> list[Verdict]:
         try:
-            return await pool.score(responses, specs, progress, sources)
-        except (FaultRateError, CrewError) as error:
+            return await pool.score(responses, specs, progress, sources, image_sizes)
+        except (FaultRateError, LanesError) as error:
             raise RequestError(503, type(error).__name__, str(error)) from error
 
     @app.post("/score")
     async def score(request: Request) -> Response:
         asked: ScoreRequest = await _body(request, ScoreRequest)
         sources = asked.sources or [""] * len(asked.responses)
-        if not len(asked.responses) == len(asked.specs) == len(sources):
-            raise RequestError(400, "bad_request", "responses, specs and sources differ in length")
-        return _answer({"verdicts": await verdicts(asked.responses, asked.specs, asked.progress, sources)})
+        sizes = asked.image_sizes or [[]] * len(asked.responses)
+        if not len(asked.responses) == len(asked.specs) == len(sources) == len(sizes):
+            raise RequestError(400, "bad_request", "responses, specs, sources and image_sizes differ in length")
+        return _answer({"verdicts": await verdicts(asked.responses, asked.specs, asked.progress, sources, sizes)})
 
     @app.post("/judge")
     async def judge(request: Request) -> Response:
@@ -169,7 +173,7 @@ def create_app(pool: VerifierPool, token: str | None = None) -> FastAPI:
         problem = validate_spec(spec, options=pool.options)
         if problem is not None:
             raise RequestError(422, "bad_row", problem)
-        verdict = (await verdicts([asked.response], [spec], progress, [asked.data_source]))[0]
+        (verdict,) = await verdicts([asked.response], [spec], progress, [asked.data_source])
         if verdict.status == "fault":
             raise RequestError(422 if verdict.reason.startswith(BAD_ROW) else 503, "fault", verdict.reason)
         return _answer(released_answer(verdict))
@@ -193,6 +197,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--options", default="{}", help="rewards.* options as a JSON object")
     arguments = parser.parse_args()
+    if arguments.workers < 1:
+        parser.error(f"--workers {arguments.workers}: at least 1")
     token = os.environ.get(TOKEN_VARIABLE)
     is_loopback = arguments.host == "localhost" or ipaddress.ip_address(arguments.host).is_loopback
     if token is None and not is_loopback:
@@ -208,4 +214,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     main()

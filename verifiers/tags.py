@@ -1,11 +1,10 @@
-"""The format reward of tagged answers: R_fmt of the paper (Eq. 4), and the release's stricter variant."""
-
-from __future__ import annotations
+"""Tagged answers: what stands in their tags, and their format reward, R_fmt of the paper (Eq. 4) or the release's stricter one."""
 
 import re
 from typing import Literal
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+OPEN, CLOSE = "<answer>", "</answer>"
+TAGS = ("<think>", "</think>", OPEN, CLOSE)
 _LINES = tuple(re.compile(rf"(?:^|\n){tag}(?:\n|$)") for tag in TAGS)
 
 
@@ -17,13 +16,22 @@ def tag_format(response: str, kind: Literal["tags", "tags_with_newlines"]) -> fl
     return 0.25 * sum(once)
 
 
-def tagged_text(response: str) -> str:
-    """The text a verifier reads an answer from: inside the last pair of answer tags, the whole response where there is
-    none.
-    """
-    close = response.rfind("</answer>")
-    start = response.rfind("<answer>", 0, close) if close >= 0 else response.rfind("<answer>")
-    if start < 0:
-        return response.strip()
-    end = response.find("</answer>", start)
-    return response[start + len("<answer>") : end if end >= 0 else None].strip()
+def conclusion(response: str) -> str:
+    """What follows the last `</think>`; where nothing does, what stands before it; without the tag, the response. An opening
+    `<think>` in it ends a line, so that the tag is no part of an answer."""
+    end = response.rfind(TAGS[1])
+    read = response
+    if end >= 0:
+        after = response[end + len(TAGS[1]) :]
+        read = after if after.strip() else response[:end]
+    return read.replace(TAGS[0], "\n")
+
+
+def answer_text(response: str) -> str | None:
+    """Between the last pair of answer tags; without a closed pair, what follows the last opening tag; without that, None."""
+    close = response.rfind(CLOSE)
+    start = response.rfind(OPEN, 0, close) if close >= 0 else -1
+    if start >= 0:
+        return response[start + len(OPEN) : response.find(CLOSE, start)]
+    start = response.rfind(OPEN)
+    return response[start + len(OPEN) :] if start >= 0 else None

@@ -1,1 +1,1 @@
-"""V-Triune's kernel: configuration, messages, transport, runtime, data, window, ledger, controller, checkpoint, command lines."""
+"""V-Triune's kernel: the commands and messages; rooms for configuration, data, the run, its records, weights, runtime and transport."""

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vtriune.checkpoint import MANIFEST, all_steps, latest_complete, problems
-from vtriune.durable import sync
+from verifiers import terminal
+from vtriune import whole_files
+from vtriune.record.checkpoint import MANIFEST, all_steps, latest_complete, problems
 
 MODEL_FOLDER = "hf"
 """Below a checkpoint; the learner writes it."""
@@ -60,14 +61,8 @@ def export(source: Path, out: Path | None = None) -> Path:
     out = (out or checkpoint.parent.parent / "export" / checkpoint.name).resolve()
     if out.exists():
         raise ExportError(f"{out}: exists already; name another folder with --out")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(model, partial)
-    for path in partial.rglob("*"):
-        sync(path)
-    sync(partial)
-    partial.rename(out)
-    sync(out.parent)
+    with whole_files.replacing(out) as partial:
+        shutil.copytree(model, partial)
     return out
 
 
@@ -89,4 +84,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     sys.exit(main())

@@ -10,7 +10,7 @@ No message holds pixels: a `SampleRef` names a row of the memory-mapped store, w
 
 Worked example, group size 2, model at version 3, a publish of version 4 in the middle of the second completion:
 
-    Lease(group_id=7, attempt=0, sample=SampleRef("9f3c…", 12), num_completions=2, …)
+    Lease(group_id=7, attempt=0, sample=SampleRef("9f3c…", 12), header=SampleHeader("geometry", …), num_completions=2, …)
     Trajectory(token_ids=[5, 9, 1],    logprobs=[-.1, -.7, -.0],       spans=[VersionSpan(3, 3)], finish_reason="stop")
     Trajectory(token_ids=[5, 8, 8, 1], logprobs=[-.1, -.9, -.2, -.1],  spans=[VersionSpan(3, 2), VersionSpan(4, 2)], …)
 """
@@ -20,7 +20,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from verifiers import Verdict
+from verifiers import ImageSize, RewardSpec, Verdict
 
 Purpose = Literal["train", "evaluate"]
 
@@ -33,6 +33,18 @@ class SampleRef(msgspec.Struct, frozen=True):
     row: int
 
 
+class SampleHeader(msgspec.Struct, frozen=True):
+    """A sample without its prompt and images: what scoring, metrics and archives need of it, read once, when it is leased."""
+
+    source: str
+    reward: RewardSpec
+    sample_id: str
+    file: str
+    """The Parquet file it comes from,"""
+    file_row: int
+    """and its row there."""
+
+
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
     """Which policy sampled the next `num_tokens` tokens of a trajectory."""
 
@@ -42,12 +54,16 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
 
 class Sampling(msgspec.Struct, frozen=True):
     """How completions are drawn. Recorded log-probs are those of the distribution sampled from:
-    temperature applied, image and video pad ids at −inf. `temperature=0` is greedy."""
+    temperature applied, image and video pad ids and whatever `top_k` and `top_p` cut at −inf. `temperature=0` is greedy."""
 
     temperature: float = 1.0
     max_tokens: int = 2048
     seed: int | None = None
     """Set: the engine seeds each completion with `seed + index`, so that a run can be repeated."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability; 1: all."""
+    top_k: int = -1
+    """Sample from this many likeliest tokens; -1 and 0: all."""
 
 
 SCORED_AGAIN = 1 << 16
@@ -59,14 +75,15 @@ class Lease(msgspec.Struct, frozen=True):
 
     group_id: int
     attempt: int
-    """With `group_id` the name of what is delivered. Counts re-issues of the same group after a lost lease, from 0; each time that a
-    generator has a group scored again adds SCORED_AGAIN."""
+    """With `group_id` the name of what is delivered. Counts re-issues of the same group after a lost lease, from 0 or, after a
+    resume, from above what is archived; each time that a generator has a group scored again adds SCORED_AGAIN."""
     sample: SampleRef
+    header: SampleHeader
     num_completions: int
     sampling: Sampling
     purpose: Purpose = "train"
-    progress: float = 0.0
-    """Share of the run done, in [0, 1]: what the IoU schedule reads."""
+    progress: float | None = 0.0
+    """Share of the run done, in [0, 1]: what the IoU schedule reads. None for an evaluation, whose threshold does not move."""
     first_completion: int = 0
     """Index of the first of its completions in the group; above 0 for a share of a group that several generators sample."""
     prompt_seed: int | None = None
@@ -101,15 +118,21 @@ class Group(msgspec.Struct, frozen=True, eq=False):
     generator: int
     """Rank of the generator that sampled it."""
     generation_s: float = 0.0
+    image_sizes: list[ImageSize] = []
+    """Of the prompt's images, in order."""
 
 
 class ScoredGroup(msgspec.Struct, frozen=True, eq=False):
     """Group + verdicts, one per trajectory in order: what the learner consumes."""
 
     group: Group
-    source: str
     verdicts: list[Verdict]
     verification_s: float = 0.0
+
+    @property
+    def source(self) -> str:
+        """`data_source` of the group's sample."""
+        return self.group.lease.header.source
 
 
 class GroupReport(msgspec.Struct, frozen=True):
@@ -117,15 +140,10 @@ class GroupReport(msgspec.Struct, frozen=True):
 
     group_id: int
     attempt: int
-    source: str
-    oldest_version: int
-    newest_version: int
     num_tokens: int
     rewards: list[float]
     """Rewards of the trajectories whose verdict is not `fault`, in order."""
     num_faults: int
-    generator: int
-    generation_s: float
     verification_s: float
 
 
@@ -161,6 +179,9 @@ class Canary(msgspec.Struct, frozen=True, eq=False):
     """int32 (T,)"""
 
 
+Correction = Literal["none", "decoupled", "tis", "icepop"]
+
+
 class TrainOrder(msgspec.Struct, frozen=True):
     """The controller's order to train on one rollout batch, the same to every learner rank."""
 
@@ -168,18 +189,26 @@ class TrainOrder(msgspec.Struct, frozen=True):
     """The learner's version while it consumes this batch; a publish then makes it `version + 1`."""
     updates: list[list[int]]
     """Group ids of each optimiser step, in order."""
+    mode: Literal["on_policy", "off_policy"]
+    """In force while it is trained on, with"""
+    bound: int
+    """the staleness that groups admitted now may reach."""
     max_staleness: int
-    """Checked once more on the oldest token of every trajectory: above it the learner raises."""
-    correction: Literal["none", "decoupled", "tis", "icepop"]
-    first_update: int
-    """Number of updates done before this batch."""
-    num_updates_total: int
-    """Of the whole run, for warm-up."""
+    """The largest bound that any of its groups was admitted under. Checked once more on the oldest token of every trajectory: above it
+    the learner raises."""
+    correction: Correction
+    progress: list[float]
+    """Share of the run done, in [0, 1]: before the first update, and after each. Never falls."""
     attempts: dict[int, int] = {}
     """Group id → the attempt that counts; 0 where absent. A group leased or scored twice may be delivered twice, in another order at
     every rank: all of them must train on the same one."""
     open_from: int = 0
     """Every group of a smaller id has ended or is in `updates`: whatever else there is of it may be forgotten."""
+
+    @property
+    def group_ids(self) -> list[int]:
+        """Of all updates, in order."""
+        return [group_id for ids in self.updates for group_id in ids]
 
 
 class TrainReport(msgspec.Struct, frozen=True):
@@ -214,13 +243,22 @@ class PublishReport(msgspec.Struct, frozen=True):
     """Generators: time without sampling."""
 
 
+class Example(msgspec.Struct, frozen=True):
+    """A response to show a person beside a figure."""
+
+    header: SampleHeader
+    response: str
+    """Beginning and end of it."""
+
+
 class StepRecord(msgspec.Struct, frozen=True):
-    """The controller's note to the recorder that `group_ids` were consumed: one line of `metrics.jsonl`."""
+    """The controller's note to the recorder that a version is made: one line of `metrics.jsonl`."""
 
     version: int
     update: int
-    group_ids: list[int]
     metrics: dict[str, float]
     """Learner's, publisher's and window's figures; the recorder adds the source-level ones."""
-    attempts: dict[int, int] = {}
-    """Group id → the attempt that was trained on; 0 where absent."""
+    order: TrainOrder | None = None
+    """What the version was trained under; None for version 0, which is evaluated only."""
+    evaluated: dict[int, int] = {}
+    """Group id → the attempt that counts, of the held-out rows that this line speaks of."""

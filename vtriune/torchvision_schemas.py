@@ -57,12 +57,8 @@ def _hide_unloadable(package: str) -> None:
         for name in [name for name in sys.modules if name.split(".")[0] == package]:
             del sys.modules[name]
         sys.modules[package] = None  # type: ignore[assignment]
-        _forget_what_is_installed()
-
-
-def _forget_what_is_installed() -> None:
-    """Drop transformers' cached answers to "is this package available?", given if it was imported before this call."""
-    checks = sys.modules.get("transformers.utils.import_utils")
-    for answer in vars(checks).values() if checks else ():
-        if hasattr(answer, "cache_clear"):
-            answer.cache_clear()
+        # If transformers was imported before, it holds cached answers to "is this package available?".
+        checks = sys.modules.get("transformers.utils.import_utils")
+        for answer in vars(checks).values() if checks else ():
+            if hasattr(answer, "cache_clear"):
+                answer.cache_clear()

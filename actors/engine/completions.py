@@ -4,8 +4,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from vtriune.messages import VersionSpan
-
 Finish = Literal["stop", "length"]
 
 
@@ -42,10 +40,6 @@ class Completion:
             self.spans[-1] = (version, self.spans[-1][1] + num_new)
         elif num_new:
             self.spans.append((version, num_new))
-
-    def version_spans(self) -> list[VersionSpan]:
-        """The spans as a trajectory carries them."""
-        return [VersionSpan(version, num_tokens) for version, num_tokens in self.spans]
 
 
 @dataclass(slots=True, eq=False)

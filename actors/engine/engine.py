@@ -5,41 +5,43 @@ receive    meet, agree (publish thread, the loop goes on) ─▶ hold ─▶ tra
 """
 
 import asyncio
-import functools
 import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from actors.engine import environment
 from actors.engine.completions import Completion
 from actors.engine.loop import EngineBroken, EngineError, StepLoop
+from verifiers import ImageSize
 from vtriune.config.tree import Config
-from vtriune.data.processing import Preprocessor
-from vtriune.data.schema import Sample
-from vtriune.messages import Canary, Group, Lease, PublishOrder, PublishReport, SampleRef, Sampling, Trajectory
-from vtriune.weight_group import Deadline, Meeting, Proposal, PublishFailure, Receipt, held_as
+from vtriune.data.processing import Preprocessor, Prompt
+from vtriune.data.schema import DataError
+from vtriune.data.store import StoreSet
+from vtriune.messages import (
+    Canary,
+    Group,
+    Lease,
+    PublishOrder,
+    PublishReport,
+    Sampling,
+    Trajectory,
+    VersionSpan,
+)
+from vtriune.weights.meeting import Deadline, Meeting, Proposal, PublishFailure, Receipt, held_as
 
-P = ParamSpec("P")
 T = TypeVar("T")
 InFlight = Literal["continue", "recompute", "drain"]
-
-
-class Samples(Protocol):
-    """Where samples are read from: a store or a set of them."""
-
-    def get(self, ref: SampleRef) -> Sample:
-        """The sample that `ref` names."""
 
 
 class Engine:
     """vLLM with our model, from construction (which takes seconds to minutes) to `close`. Methods are called from one
     asyncio loop; several may be awaited at once."""
 
-    def __init__(self, config: Config, preprocessor: Preprocessor, samples: Samples, rank: int = 0) -> None:
+    def __init__(self, config: Config, preprocessor: Preprocessor, samples: StoreSet, rank: int = 0) -> None:
         self._config = config
         self._preprocessor = preprocessor
         self._samples = samples
@@ -48,7 +50,6 @@ class Engine:
         self._core = _core(config, preprocessor, rank)
         self._expectation = self._core.expectation(config.model.path)
         self._group = ""
-        self._num_publishes = 0
         # One thread each: vLLM's rendering is not safe for two, and publishes come one after another.
         self._preparing = ThreadPoolExecutor(1, "prepare", initializer=self._core.limit_threads)
         self._publishing = ThreadPoolExecutor(1, "publish", initializer=self._core.limit_threads)
@@ -65,7 +66,7 @@ class Engine:
         """Sample the lease's completions. Raises DataError for a sample that cannot be prepared, EngineError when the engine
         refuses it or has stopped. Cancelling it frees the engine."""
         start = time.monotonic()
-        prompt_ids, template = await self._in(self._preparing, self._prepare, lease)
+        prompt_ids, template, image_sizes = await self._in(self._preparing, self._prepare, lease)
         ticket = self._loop.submit(template, lease.num_completions, lease.first_completion)
         try:
             completions = await asyncio.wrap_future(ticket.done)
@@ -73,7 +74,7 @@ class Engine:
             self._loop.cancel(ticket)
             raise
         trajectories = [self._trajectory(completion, lease) for completion in completions]
-        return Group(lease, prompt_ids, trajectories, self._rank, time.monotonic() - start)
+        return Group(lease, prompt_ids, trajectories, self._rank, time.monotonic() - start, image_sizes)
 
     async def receive(self, order: PublishOrder) -> PublishReport:
         """Take part in a publish and sample from its version afterwards.
@@ -98,7 +99,6 @@ class Engine:
             "running": float(self._loop.num_running),
             "waiting": float(self._loop.num_waiting),
             "version": float(self._loop.version),
-            "publishes": float(self._num_publishes),
         }
 
     async def close(self) -> None:
@@ -111,33 +111,33 @@ class Engine:
         self._publishing.shutdown(cancel_futures=True)
         self._core.close()
 
-    async def _in(self, executor: Executor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.get_running_loop().run_in_executor(executor, functools.partial(function, *args, **kwargs))
+    async def _in(self, executor: Executor, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
 
-    def _prepare(self, lease: Lease) -> tuple[np.ndarray, Any]:
+    def _prepare(self, lease: Lease) -> tuple[np.ndarray, Any, list[ImageSize]]:
         prompt = self._preprocessor.prepare(self._samples.get(lease.sample), lease.prompt_seed)
-        ids = self._preprocessor.prompt_ids_for_engine(prompt)
-        template = self._render(prompt.where, ids, prompt.images, lease.sampling, lease.sampling.max_tokens)
-        return self._preprocessor.check_expansion(prompt, template.prompt_token_ids), template
+        template = self._render(prompt, lease.sampling, lease.sampling.max_tokens)
+        return self._preprocessor.check_expansion(prompt, template.prompt_token_ids), template, prompt.image_sizes
 
     def _scored(self, canary: Canary, sampling: Sampling) -> list[Any]:
         prompt = self._preprocessor.prepare(self._samples.get(canary.sample))
-        ids = self._preprocessor.prompt_ids_for_engine(prompt)
-        template = self._render(prompt.where, ids, prompt.images, sampling, len(canary.response_ids))
+        template = self._render(prompt, sampling, len(canary.response_ids))
         self._preprocessor.check_expansion(prompt, template.prompt_token_ids)
         templates: list[Any] = self._core.scored(template, canary.response_ids.tolist())
         return templates
 
-    def _render(self, where: str, ids: list[int], images: list[Any], sampling: Sampling, num_tokens: int) -> Any:
+    def _render(self, prompt: Prompt, sampling: Sampling, num_tokens: int) -> Any:
         """A template with room for `num_tokens` after the prompt."""
         try:
-            template = self._core.render(ids, images, sampling)
+            template = self._core.render(prompt.engine_ids, prompt.images, sampling)
+        except DataError:  # Of an image that cannot be decoded; it names the row.
+            raise
         except ValueError as error:
-            raise EngineError(f"{where}: the engine refused the prompt: {error}") from error
+            raise EngineError(f"{prompt.where}the engine refused the prompt: {error}") from error
         needed = len(template.prompt_token_ids) + num_tokens
         if needed > self._core.max_model_len:
             raise EngineError(
-                f"{where}: prompt and response may take {needed} tokens, cluster.generators.max_model_len is "
+                f"{prompt.where}prompt and response may take {needed} tokens, cluster.generators.max_model_len is "
                 f"{self._core.max_model_len}; raise it, or lower sampling.max_tokens or data.max_pixels"
             )
         return template
@@ -153,7 +153,7 @@ class Engine:
         return Trajectory(
             np.asarray(completion.token_ids, np.int32),
             logprobs,
-            completion.version_spans(),
+            [VersionSpan(*span) for span in completion.spans],
             completion.finish,
             self._preprocessor.decode(completion.token_ids),
         )
@@ -179,7 +179,6 @@ class Engine:
         finally:
             pause = self._loop.release()
         meeting.deliver_receipt(receipt)
-        self._num_publishes += 1
         elapsed = time.monotonic() - start
         return PublishReport(order.version, receipt.num_tensors, num_bytes, receipt.checksum, elapsed, pause.result())
 
@@ -212,7 +211,7 @@ def _core(config: Config, preprocessor: Preprocessor, rank: int) -> Any:
     # Six thousand modules: nothing of it is garbage, and looking for some takes a tenth of the start.
     gc.disable()
     try:
-        from actors.engine.core import VllmCore
+        from actors.engine.vllm_core import VllmCore
 
         return VllmCore(
             config,

@@ -17,7 +17,7 @@ _ALWAYS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _ON_CPU = {
-    # Threads are the launcher's affair; bound to cores they would fight the learner's.
+    # The launcher says how many threads there are; bound to cores they would fight the learner's.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # One compiled helper (ranks of sampled tokens, which nobody reads) would cost a C++ compiler and seconds at the first step.
     "TORCH_COMPILE_DISABLE": "1",

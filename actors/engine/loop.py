@@ -9,6 +9,7 @@ submitted waits in the backlog. An exception in a step ends the loop: every wait
 does whatever comes later. Nobody hangs.
 """
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -18,6 +19,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from actors.engine.completions import Completion, Sampled, Ticket
+from vtriune.runtime import report_step
 
 T = TypeVar("T")
 
@@ -28,6 +30,14 @@ class EngineError(RuntimeError):
 
 class EngineBroken(EngineError):
     """Raised by a command after which the engine must not go on: its weights are in no defined state."""
+
+    kind = "engine"
+
+
+class EngineStopped(EngineError):
+    """The loop has ended, with the error that the text repeats; it takes nothing any more."""
+
+    kind = "engine"
 
 
 class Core(Protocol):
@@ -53,7 +63,7 @@ class StepLoop:
         self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Future[Any]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
-        self._is_closing = False
+        self._closing = threading.Event()
         self._flying: dict[str, tuple[Ticket, Completion]] = {}
         self._backlog: list[tuple[Ticket, Completion]] = []
         self._held: Future[None] | None = None
@@ -68,7 +78,7 @@ class StepLoop:
 
     def close(self) -> None:
         """End the thread; groups in flight fail. Idempotent."""
-        self._post(self._begin_closing, _promise())
+        self._post(self._closing.set, _promise())
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -94,7 +104,7 @@ class StepLoop:
                 future.set_exception(error)
                 raise
             except Exception as error:
-                # The caller's affair: the engine itself is as before.
+                # For the caller to handle: the engine itself is as before.
                 future.set_exception(error)
 
         self._post(run, future)
@@ -135,12 +145,12 @@ class StepLoop:
                 return
         future.set_exception(self._refusal())
 
-    def _refusal(self) -> EngineError:
-        return EngineError(f"the engine has stopped: {type(self._error).__name__}: {self._error}")
+    def _refusal(self) -> EngineStopped:
+        return EngineStopped(f"the engine has stopped: {type(self._error).__name__}: {self._error}")
 
     def _main(self) -> None:
         try:
-            while not self._is_closing:
+            while not self._closing.is_set():
                 self._run_commands()
                 if self._flying and self._paused_since is None:
                     self._step()
@@ -152,15 +162,13 @@ class StepLoop:
     def _run_commands(self) -> None:
         """All that came; waits for one when there is nothing to step."""
         is_idle = not self._flying or self._paused_since is not None
-        try:
+        with contextlib.suppress(queue.Empty):
             command, _ = self._inbox.get(block=is_idle)
             while True:
                 command()
-                if self._is_closing:
+                if self._closing.is_set():
                     return
                 command, _ = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -175,14 +183,15 @@ class StepLoop:
             if sampled.finish is not None:
                 self._finish(ticket, completion, sampled.finish)
         self.pace.count(num_tokens, time.perf_counter() - start)
+        if num_tokens:
+            report_step("sampling", f"{len(self._flying)} completions in flight")
         if self._held is not None and not self._flying:
             self._stand_still()
 
     def _finish(self, ticket: Ticket, completion: Completion, finish: str) -> None:
         del self._flying[completion.request_id]
         if finish not in ("stop", "length"):
-            if not ticket.done.done():
-                ticket.done.set_exception(EngineError(f"the engine ended a completion with reason {finish!r}"))
+            _fail(ticket.done, EngineError(f"the engine ended a completion with reason {finish!r}"))
             self._drop(ticket)
             return
         completion.finish = "stop" if finish == "stop" else "length"
@@ -205,8 +214,7 @@ class StepLoop:
         except ValueError as error:
             # vLLM refuses a request by ValueError; the group fails, the engine goes on.
             del self._flying[completion.request_id]
-            if not ticket.done.done():
-                ticket.done.set_exception(EngineError(f"the engine refused a request: {error}"))
+            _fail(ticket.done, EngineError(f"the engine refused a request: {error}"))
             self._drop(ticket)
 
     def _drop(self, ticket: Ticket) -> None:
@@ -233,8 +241,7 @@ class StepLoop:
             self._held.set_result(None)
 
     def _go_on(self) -> float:
-        if self._held is not None and not self._held.done():
-            self._held.set_exception(EngineError("released before everything in flight had ended"))
+        _fail(self._held, EngineError("released before everything in flight had ended"))
         paused_s = 0.0 if self._paused_since is None else time.perf_counter() - self._paused_since
         self._held, self._paused_since = None, None
         backlog, self._backlog = self._backlog, []
@@ -243,25 +250,15 @@ class StepLoop:
                 self._start_one(ticket, completion)
         return paused_s
 
-    def _begin_closing(self) -> None:
-        self._is_closing = True
-
     def _end(self, error: BaseException) -> None:
         with self._lock:
             self._error = error
-        waiting = {id(ticket): ticket for ticket, _ in (*self._flying.values(), *self._backlog)}
-        for ticket in waiting.values():
-            if not ticket.done.done():
-                ticket.done.set_exception(self._refusal())
-        if self._held is not None and not self._held.done():
-            self._held.set_exception(self._refusal())
-        while True:
-            try:
-                _, future = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            if not future.done():
-                future.set_exception(self._refusal())
+        for ticket, _ in (*self._flying.values(), *self._backlog):
+            _fail(ticket.done, self._refusal())
+        _fail(self._held, self._refusal())
+        with contextlib.suppress(queue.Empty):
+            while True:
+                _fail(self._inbox.get_nowait()[1], self._refusal())
 
 
 def _promise() -> "Future[Any]":
@@ -269,6 +266,12 @@ def _promise() -> "Future[Any]":
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()
     return future
+
+
+def _fail(future: "Future[Any] | None", error: EngineError) -> None:
+    """Give it to whoever still waits for `future`."""
+    if future is not None and not future.done():
+        future.set_exception(error)
 
 
 class Pace:
@@ -289,10 +292,10 @@ class Pace:
         now = time.perf_counter()
         elapsed = max(now - self._since, 1e-9)
         figures = {
-            "busy_share": min(self._busy_s / elapsed, 1.0),
             "idle_share": max(1.0 - self._busy_s / elapsed, 0.0),
             "tokens_per_s": self._num_tokens / elapsed,
-            "tokens_per_step": self._num_tokens / max(self._num_steps, 1),
         }
+        if self._num_steps:
+            figures["tokens_per_step"] = self._num_tokens / self._num_steps
         self._since, self._num_tokens, self._num_steps, self._busy_s = now, 0, 0, 0.0
         return figures

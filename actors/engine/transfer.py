@@ -15,17 +15,14 @@ from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.engine.loop import EngineBroken
 from vtriune.messages import Rendezvous, WeightEntry
-from vtriune.weight_group import Deadline, WeightGroup
-from vtriune.weight_layout import Checksum, buckets_of, view_of
+from vtriune.weights.group import WeightGroup
+from vtriune.weights.layout import Checksum, buckets_of, view_of
+from vtriune.weights.meeting import Deadline
 
 BACKEND = "vtriune"
 EXTENSION = "actors.engine.transfer.ReceiptExtension"

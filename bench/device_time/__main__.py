@@ -16,8 +16,10 @@ import msgspec
 
 from bench.device_time.run import Measured, measure
 from bench.machine import describe, heading, write_json
-from bench.plan.model import simulate
-from bench.schedule import Schedule
+from verifiers import terminal
+from vtriune.plan.model import simulate
+from vtriune.plan.schedule import Schedule
+from vtriune.plan.simulated_device import Lengths
 
 NOTICE = (
     "SIMULATED DEVICE TIME: decoding, training and weight transfer are slept from a length distribution and a declared cost model;\n"
@@ -42,8 +44,9 @@ async def _sweep(num_generators: int, options: argparse.Namespace) -> list[dict[
     base = Schedule(
         num_engines=num_generators,
         max_sequences=options.max_sequences,
-        rollout_batch=num_generators * options.max_sequences // 8,
+        rollout_batch=options.batch or num_generators * options.max_sequences // 8,
         seed=options.seed,
+        lengths=Lengths() if options.tokens is None else Lengths(options.tokens, sigma=0.0, cap=options.tokens),
     )
     base = msgspec.structs.replace(base, training_s=training_s(base, options.learner))
     print(
@@ -56,7 +59,7 @@ async def _sweep(num_generators: int, options: argparse.Namespace) -> list[dict[
     )
     print(_HEADER)
     rows: list[dict[str, Any]] = []
-    for staleness in (0, *options.staleness):
+    for staleness in dict.fromkeys((0, *options.staleness)):
         mode = "off_policy" if staleness else "on_policy"
         schedule = msgspec.structs.replace(
             base,
@@ -72,6 +75,8 @@ async def _sweep(num_generators: int, options: argparse.Namespace) -> list[dict[
         row = _row(schedule, measured, rows[0]["step_s"] if rows else None)
         rows.append(row)
         print(_line(row), flush=True)
+        held = ", ".join(f"{role} {num_bytes / 2**20:.0f} MiB" for role, num_bytes in row["peak_bytes"].items())
+        print(f"{'':<14}controller {row['controller_cpu_share']:.2%} of a core; at their fullest: {held}", flush=True)
     return rows
 
 
@@ -107,6 +112,7 @@ def _row(schedule: Schedule, measured: Measured, on_policy_s: float | None) -> d
         "controller_cpu_share": measured.overhead.controller_cpu_s / measured.outcome.step_s,
         "modelled_step_s": modelled.step_s,
         "agreement": measured.outcome.step_s / modelled.step_s - 1,
+        "peak_bytes": measured.peak_bytes,
         "num_duplicates": measured.num_duplicates,
         "ledger": measured.ledger,
     }
@@ -134,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--staleness", type=_numbers, default=[2], help="off-policy bounds beside on-policy, for example 1,2,4"
     )
+    parser.add_argument("--batch", type=int, help="groups a version; default: as many as fill the engines once")
+    parser.add_argument("--tokens", type=int, help="length of every completion; default: log-normal, median 400")
     parser.add_argument("--max-sequences", type=int, default=32, help="sequences an engine decodes at once")
     parser.add_argument(
         "--learner", default="drained", help="drained (on-policy's mean generation time), steady, between, or seconds"
@@ -147,4 +155,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     sys.exit(main())

@@ -10,9 +10,8 @@ import time
 import msgspec
 import numpy as np
 
-from actors.sharing import sample_shared
+from actors.rollouts.single_turn import sample_shared
 from actors.verifier_pool import VerifierPoolActor
-from bench.simulated_device import Completion, Costs, Decoder, Finished, Lengths
 from vtriune.config.tree import Config
 from vtriune.messages import (
     Canary,
@@ -23,12 +22,12 @@ from vtriune.messages import (
     PublishReport,
     Rendezvous,
     ScoredGroup,
-    StepRecord,
     TrainOrder,
     TrainReport,
     Trajectory,
     VersionSpan,
 )
+from vtriune.plan.simulated_device import Costs, Decoder, Finished, Lengths, SimulatedCompletion
 from vtriune.runtime import Actor, ActorMesh, endpoint
 
 PROMPT_TOKENS = 64
@@ -108,7 +107,9 @@ class SimulatedGenerator(Actor):
         lengths = self._device.lengths.draw(self._device.seed, lease.group_id, self._group_size)
         indices = range(lease.first_completion, lease.first_completion + lease.num_completions)
         # Each engine computes the prompt once.
-        completions = [Completion(lease.group_id, index, int(lengths[index]), index == indices[0]) for index in indices]
+        completions = [
+            SimulatedCompletion(lease.group_id, index, int(lengths[index]), index == indices[0]) for index in indices
+        ]
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         finished: dict[int, Finished] = {}
         self._pending[lease.group_id] = (ended, finished, len(completions))
@@ -185,7 +186,7 @@ class SimulatedLearner(Actor):
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._delivered: dict[int, int] = {}
+        self._delivered: dict[int, ScoredGroup] = {}
         self._consumed: set[int] = set()
         self._num_duplicates = 0
         self._traces: list[LearnerTrace] = []
@@ -207,7 +208,7 @@ class SimulatedLearner(Actor):
                 raise BatchRefused(
                     f"group {group_id}: its version spans do not cover its {len(trajectory.token_ids)} tokens"
                 )
-        self._delivered[group_id] = min(trajectory.oldest_version for trajectory in scored.group.trajectories)
+        self._delivered[group_id] = scored
 
     @endpoint
     async def train(self, order: TrainOrder) -> TrainReport:
@@ -227,7 +228,8 @@ class SimulatedLearner(Actor):
             raise BatchRefused(f"group {group_id} is ordered a second time, at version {order.version}")
         if group_id not in self._delivered:
             raise BatchRefused(f"group {group_id} is ordered at version {order.version}, but was never delivered")
-        staleness = order.version - self._delivered.pop(group_id)
+        trajectories = self._delivered.pop(group_id).group.trajectories
+        staleness = order.version - min(trajectory.oldest_version for trajectory in trajectories)
         if not 0 <= staleness <= order.max_staleness:
             raise BatchRefused(f"group {group_id}: staleness {staleness}, the bound is {order.max_staleness}")
         self._consumed.add(group_id)
@@ -254,27 +256,6 @@ class SimulatedLearner(Actor):
     async def take_trace(self) -> list[LearnerTrace]:
         """Every training so far."""
         return self._traces
-
-
-class CountingRecorder(Actor):
-    """Takes what the recorder takes and keeps counts only: archiving trajectories is not what is measured here."""
-
-    def __init__(self) -> None:
-        self._num_groups = 0
-
-    @endpoint
-    async def ready(self) -> None:
-        """Returns once the actor exists."""
-
-    @endpoint
-    async def record_group(self, group: ScoredGroup) -> None:
-        """One group passed."""
-        self._num_groups += 1
-
-    @endpoint
-    async def record_step(self, record: StepRecord) -> dict[str, float]:
-        """The line of a version: the controller's own figures."""
-        return {**record.metrics, "version": float(record.version), "recorder/num_groups": float(self._num_groups)}
 
 
 def _trajectory(lease: Lease, finished: Finished) -> Trajectory:

@@ -1,10 +1,12 @@
 """One run of the real control plane over simulated device time: spawns the actors, runs the product's Controller, reads the traces.
 
-Real: controller, leasing, window, ledger, fleet, publisher, runtime, sockets, verifier pool with its workers, data store and
-cursor. Simulated: decoding, training, weight transfer. Left out: archive and tracking (a recorder that counts), evaluation.
+Real: controller, leasing, window, ledger, fleet, publisher, runtime, sockets, verifier pool with its workers, recorder with journal and
+archive, data store and cursor; the learner keeps what it is given until it is trained. Simulated: decoding, training, weight transfer.
+Left out: tracking, evaluation.
 """
 
 import asyncio
+import contextlib
 import io
 import time
 from collections.abc import Sequence
@@ -13,32 +15,46 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from actors.recorder import Recorder
 from actors.verifier_pool import VerifierPoolActor
 from bench.device_time.roles import (
-    CountingRecorder,
     Device,
     EngineTrace,
     LearnerTrace,
     SimulatedGenerator,
     SimulatedLearner,
 )
-from bench.schedule import Outcome, Schedule
-from vtriune.config.tree import Cluster, Config, Data, Evaluation, Generators, Policy, Rewards, Run, SamplingSection
-from vtriune.controller import Controller
+from vtriune.config.tree import (
+    Cluster,
+    Config,
+    Data,
+    Evaluation,
+    Generators,
+    Policy,
+    Rewards,
+    Run,
+    SamplingSection,
+    Tracking,
+)
 from vtriune.data.build import build_store
 from vtriune.data.schema import PARQUET_SCHEMA
 from vtriune.data.store import Store
-from vtriune.fleet import Fleet, Spawned
 from vtriune.messages import Canary
-from vtriune.publisher import Publisher
-from vtriune.run_state import Snapshots
+from vtriune.plan.schedule import Schedule, ScheduleResult
+from vtriune.run.controller import Controller
+from vtriune.run.fleet import Fleet, Spawned
+from vtriune.run.publisher import Publisher
+from vtriune.run.snapshots import Snapshots
 from vtriune.runtime import MeshFailure, ProcMesh, this_host
+from vtriune.runtime.stacks import TITLE
 
 NUM_ROWS = 512
+ROLES = ("controller", "verifiers", "learner", "recorder")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 
@@ -64,23 +80,38 @@ class Overhead(msgspec.Struct, frozen=True, kw_only=True):
 class Measured(msgspec.Struct, frozen=True):
     """One run."""
 
-    outcome: Outcome
+    outcome: ScheduleResult
     overhead: Overhead
     num_duplicates: int
     ledger: dict[str, int]
+    peak_bytes: dict[str, int]
+    """Resident memory by role, at its fullest."""
 
 
 class Lines:
-    """The controller's watcher: keeps what the console would show."""
+    """The controller's watcher: keeps what the console would show, and how much memory the processes had at their fullest."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, float]] = []
         self.cpu_s: list[float] = []
+        self.peak_bytes: dict[str, int] = {}
+        """Resident, by role: the fullest of its processes when looked at, and at the end of each version."""
 
     def show(self, metrics: dict[str, float]) -> None:
         """One version."""
         self.lines.append(metrics)
         self.cpu_s.append(time.process_time())
+        self.look()
+
+    def look(self) -> None:
+        """At every process of the run."""
+        own = psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            with contextlib.suppress(psutil.Error, IndexError):
+                title = process.cmdline()[0].removeprefix(TITLE)
+                role = "controller" if process is own else title.rpartition("-")[0]
+                if role in ROLES:
+                    self.peak_bytes[role] = max(self.peak_bytes.get(role, 0), process.memory_info().rss)
 
 
 async def measure(
@@ -136,17 +167,18 @@ class _Stage:
                 on_failure=failed,
             )
 
-        others, verifiers, self._hosts = await asyncio.gather(
-            procs("learner", 1), procs("verifiers", num_verifiers), procs("generators", self._num_processes)
+        others, recorders, verifiers, self._hosts = await asyncio.gather(
+            procs("learner", 1),
+            procs("recorder", 1),
+            procs("verifiers", num_verifiers),
+            procs("generators", self._num_processes),
         )
-        self._procs = [others, verifiers, self._hosts]
-        self._recorder = others.spawn("recorder", CountingRecorder)
+        self._procs = [others, recorders, verifiers, self._hosts]
+        self._recorder = recorders.spawn("recorder", Recorder, self.config, str(self.folder))
         self.learner = others.spawn("learner", SimulatedLearner, self._device)
-        self._verifiers = verifiers.spawn(
-            "verifiers", VerifierPoolActor, self.config, [str(self.store.folder)], self.learner, self._recorder
-        )
+        self._verifiers = verifiers.spawn("verifiers", VerifierPoolActor, self.config, self.learner, self._recorder)
         generators = self.config.cluster.generators
-        self.fleet = Fleet(generators.procs, self._room, 0, self._spawn_generator, self._ring)
+        self.fleet = Fleet(generators.procs, self._room, 0, self._spawn_generator, self._wake)
         await asyncio.gather(self.fleet.start(), self.learner.ready.call(), self._verifiers.ready.within(120).call())
 
     def open(self) -> Controller:
@@ -155,9 +187,19 @@ class _Stage:
         publisher = Publisher(self.learner, self.fleet, canary, max_canary_error=1e-6)
         snapshots = Snapshots(self.folder / "checkpoints", self.config.checkpoint)
         # A checkpoint at the end would call the learner's `save`; simulated weights have nothing to save.
-        snapshots.is_due = lambda version, *, is_last: False  # type: ignore[method-assign]
+        snapshots.is_due = lambda *_, **__: False  # type: ignore[method-assign]
         self.controller = Controller(
-            self.config, self.store, self.fleet, publisher, None, self.learner, self._recorder, snapshots, self.watcher
+            self.config,
+            self.store,
+            self.fleet,
+            publisher,
+            None,
+            self.learner,
+            self._verifiers,
+            self._recorder,
+            snapshots,
+            self.watcher.show,
+            print,
         )
         return self.controller
 
@@ -175,9 +217,9 @@ class _Stage:
         self.generators[rank] = actor
         return Spawned(hosts, actor)
 
-    def _ring(self) -> None:
+    def _wake(self) -> None:
         if self.controller is not None:
-            self.controller.ring()
+            self.controller.wake()
 
 
 async def _run(schedule: Schedule, stage: _Stage, clock_scale: float, failures: asyncio.Queue[MeshFailure]) -> Measured:
@@ -190,7 +232,9 @@ async def _run(schedule: Schedule, stage: _Stage, clock_scale: float, failures: 
             if watching.done():
                 raise watching.result()
         unmeasured = await _engine_traces(stage)
-        await asyncio.wait({running, watching}, return_when=asyncio.FIRST_COMPLETED)
+        while not (running.done() or watching.done()):
+            await asyncio.wait({running, watching}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            stage.watcher.look()
         if watching.done():
             raise watching.result()
         running.result()
@@ -199,7 +243,7 @@ async def _run(schedule: Schedule, stage: _Stage, clock_scale: float, failures: 
         watching.cancel()
         await asyncio.gather(running, watching, return_exceptions=True)
     engines, trainings = await _engine_traces(stage), await stage.learner.take_trace.call_one()
-    controller.leasing.ledger.audit()
+    controller.groups.audit()
     return _summarise(schedule, stage, unmeasured, engines, trainings, clock_scale)
 
 
@@ -235,7 +279,7 @@ def _summarise(
     engine_s = elapsed_s * schedule.num_engines
     num_tokens = sum(trace.num_tokens for trace in engines)
     full_s = num_tokens * schedule.costs.step_s(schedule.max_sequences) / schedule.max_sequences
-    outcome = Outcome(
+    outcome = ScheduleResult(
         step_s=elapsed_s / num_measured,
         generation_s=float(np.mean(waits)),
         engines_busy=min(1.0, sum(trace.busy_s for trace in engines) / engine_s),
@@ -251,7 +295,9 @@ def _summarise(
     )
     controller = stage.controller
     assert controller is not None
-    return Measured(outcome, overhead, int(lines[-1].get("duplicates", 0)), controller.leasing.ledger.counts())
+    return Measured(
+        outcome, overhead, int(lines[-1].get("duplicates", 0)), controller.groups.counts(), stage.watcher.peak_bytes
+    )
 
 
 def _config(schedule: Schedule, folder: Path) -> Config:
@@ -269,6 +315,7 @@ def _config(schedule: Schedule, folder: Path) -> Config:
         sampling=SamplingSection(max_tokens=schedule.lengths.cap),
         rewards=Rewards(deadline_s=30.0),
         evaluation=Evaluation(every=0, before=False, after=False),
+        tracking=Tracking(wandb="off"),
     )
 
 

@@ -1,6 +1,6 @@
 """Summaries and a plot of finished digits runs: `python -m examples.digits.curves RUN [RUN …] --out docs/digits`.
 
-Writes `<out>.png` (reward over versions, one line per run, on- and off-policy apart; held-out reward per source before and after)
+Writes `<out>.png` (reward over versions, one line per run, on- and off-policy apart; how tight boxes are; held-out reward per source)
 and `<out>/<run>.jsonl` (per version: the figures the documentation quotes).
 """
 
@@ -14,6 +14,9 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+
+from examples.digits.arms import BOXES
+from verifiers import terminal
 
 KEPT = (
     "version",
@@ -65,8 +68,9 @@ def sources(run: Run) -> dict[str, tuple[float, float]]:
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """Left: training and held-out reward by version. Right: held-out reward per source, mean over the runs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=[3, 2], layout="constrained")
+    """Left: training and held-out reward by version. Middle: IoU of training's boxes. Right: held-out reward per source, mean over the
+    runs."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=[3, 2, 2], layout="constrained")
     for run in runs.values():
         colour = "tab:orange" if any(line.get("policy/is_off_policy") for line in run) else "tab:blue"
         steps = [line for line in run if "reward/mean" in line]
@@ -80,8 +84,23 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     left.plot([], [], "o--", color="grey", markersize=4, label="held out, temperature 1")
     left.set(xlabel="version", ylabel="mean reward", title="reward by version, one line per run")
     left.legend(frameon=False)
+    _draw_boxes(middle, list(runs.values()))
     _draw_sources(right, list(runs.values()))
     figure.savefig(path, dpi=110)
+
+
+def _draw_boxes(axes: plt.Axes, runs: Sequence[Run]) -> None:
+    """Mean IoU of training's box answers, counted from each of three thresholds on."""
+    for level in ("50", "75", "95"):
+        keys = [f"source/{source}/component/label_first_iou@{level}" for source in BOXES]
+        by_version: dict[float, list[float]] = {}
+        for line in (line for run in runs for line in run):
+            by_version.setdefault(line["version"], []).extend(line[key] for key in keys if key in line)
+        versions = sorted(version for version, values in by_version.items() if values)
+        means = _smoothed([statistics.fmean(by_version[version]) for version in versions], 5)
+        axes.plot(versions, means, label=f"IoU@{level}")
+    axes.set(xlabel="version", title="boxes of training, mean over the runs")
+    axes.legend(frameon=False)
 
 
 def _draw_sources(axes: plt.Axes, runs: Sequence[Run]) -> None:
@@ -111,15 +130,16 @@ def main() -> None:
     for name, run in runs.items():
         lines = "".join(json.dumps(line) + "\n" for line in summarise(run))
         (options.out / f"{name}.jsonl").write_text(lines)
-        steps = [line for line in run if "mismatch/max_abs" in line]
+        steps = [line for line in run if "time/step_s" in line]
+        mismatches = [line["mismatch/max_abs"] for line in steps if "mismatch/max_abs" in line]
         print(
             name,
             *(
                 f"{key.split('/')[1]} {old:.3f} → {new:.3f} ({new - old:+.3f})"
                 for key, (old, new) in gains(run).items()
             ),
-            f"staleness ≤ {max(line['staleness/max'] for line in steps):.0f}",
-            f"mismatch ≤ {max(line['mismatch/max_abs'] for line in steps):.1e}",
+            f"staleness ≤ {max(line['staleness/max'] for line in steps if 'staleness/max' in line):.0f}",
+            f"mismatch ≤ {max(mismatches):.1e}" if mismatches else "mismatch –",
             f"median step {statistics.median(line['time/step_s'] for line in steps):.2f} s",
             sep=" · ",
         )
@@ -127,4 +147,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     main()

@@ -1,4 +1,4 @@
-"""The micro vision-language model: Qwen2.5-VL's architecture at about 2.5 M parameters, with a tokenizer of its own.
+"""The micro vision-language model: Qwen2.5-VL's architecture at four million parameters, or one, with a tokenizer of its own.
 
 `build(seed)` gives a random model, `build_tokenizer()` its tokenizer, `save(...)` writes the folder that transformers and vLLM load.
 Called by the warm start and the tests.
@@ -7,6 +7,7 @@ Called by the warm start and the tests.
 import json
 import pathlib
 import random
+from typing import NamedTuple
 
 from vtriune.torchvision_schemas import define_missing_schemas
 
@@ -22,8 +23,10 @@ from transformers import (  # noqa: E402
     Qwen2TokenizerFast,
 )
 
-from examples.digits.demonstrations import reading_exercises, respond  # noqa: E402
-from examples.digits.scenes import SCENES  # noqa: E402
+from examples.digits.coordinates import NUM_COORDINATES  # noqa: E402
+from examples.digits.demonstrations import exercises, respond  # noqa: E402
+from examples.digits.rendering import digit_pool  # noqa: E402
+from examples.digits.scenes import BOX_FORM, PERCEPTION, TASKS, compose  # noqa: E402
 from vtriune.data.prompt_pool import ANSWER_SENTENCES, REASONING_SENTENCES  # noqa: E402
 
 MODEL_FOLDER = pathlib.Path(__file__).parent / "model"
@@ -45,18 +48,18 @@ TEXT_TOKENS = (
     "<answer>",
     "</answer>",
     "\\boxed{",
-    '[{"bbox_2d": [',
-    ', {"bbox_2d": [',
-    '], "label": "',
+    '[{"bbox_2d":[',
+    '],"label":"',
+    '"},{"bbox_2d":[',
     '"}]',
-    '"}',
-    "x1, y1, x2, y2",
-    '], "label": name}]',
+    BOX_FORM,
 )
-# Coordinates (numbers before a comma, a bracket or a text token) stay whole, other digits stand alone; words and punctuation keep
-# their space.
-SPLIT = r" ?\d{1,3}(?=[,\]])| \d{2,3}$| ?\d| ?[A-Za-z_']+| ?[^\sA-Za-z_'\d]+|\s"
-NUM_MERGED_TOKENS = 1100
+# Coordinates are one token each: numbers with their comma, and those before a bracket, which belongs to the next text token. Other
+# digits stand alone; words and punctuation keep their space.
+SPLIT = r"\d{1,4}(?:,|$)| ?\d| ?[A-Za-z_']+| ?[^\sA-Za-z_'\d]+|\s"
+NUM_MERGED_TOKENS = 1000
+FIRST_LAST = 10
+"""The smallest last coordinate with a token of its own: below, digits have theirs."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
     "{% if c.type == 'image' or 'image' in c or 'image_url' in c %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -65,31 +68,25 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer_corpus(seed: int = 0, num_scenes: int = 300) -> list[str]:
-    """The texts whose words become single tokens: prompts, demonstrations, exercises, coordinates and the prompt pool."""
-    rng = random.Random(seed)
-    coordinates = ", ".join(str(14 * i) for i in range(9))
-    fixed = [
-        *REASONING_SENTENCES,
-        *ANSWER_SENTENCES,
-        "user\n",
-        "assistant\n",
-        "system\n",
-        f"[{coordinates}]",
-        f"x, {coordinates}]",
-    ]
+def tokenizer_corpus(seed: int = 0, num_scenes: int = 100) -> list[str]:
+    """The texts whose words become single tokens: prompts, demonstrations without boxes, and the prompt pool."""
+    rng, pool = random.Random(seed), digit_pool("train")
+    fixed = [*REASONING_SENTENCES, *ANSWER_SENTENCES, "user\n", "assistant\n", "system\n"]
     texts = [" " + text for text in fixed] * 20 + fixed * 20
-    for scene_of in SCENES.values():
+    for task in TASKS:
         for _ in range(num_scenes):
-            scene = scene_of(rng)
-            for question in scene.questions:
-                texts += [question.prompt, respond(question)]
-            texts += [text for exercise in reading_exercises(scene.cells, rng) for text in exercise]
+            scene, questions = compose(task, pool, rng)
+            for question in [*questions, *exercises(scene, rng)]:
+                texts.append(question.prompt.replace(BOX_FORM, ""))
+                texts.append(question.thought if question.task in PERCEPTION else respond(question, scene))
     return texts
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer over the corpus's words, with Qwen's special tokens and chat template."""
+    """A byte-level BPE tokenizer over the corpus's words, with Qwen's special tokens and chat template.
+
+    Its last tokens are the coordinates: "0," to "1000,", then FIRST_LAST to "1000".
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -105,9 +102,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(tokenizer_corpus(), trainer)
-    bpe.add_tokens([AddedToken(text, normalized=False, special=False) for text in TEXT_TOKENS])
     return Qwen2TokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=_with_whole_tokens(bpe),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token=None,
@@ -118,15 +114,47 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model_config(vocab_size: int) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL, small. Vision attention is windowed to one language-model token (28 px): a cell is encoded by itself."""
+def coordinate_texts() -> list[str]:
+    """The texts of the coordinate tokens, in the order of their ids."""
+    return [f"{value}," for value in range(NUM_COORDINATES)] + [str(n) for n in range(FIRST_LAST, NUM_COORDINATES)]
+
+
+def _with_whole_tokens(bpe: Tokenizer) -> Tokenizer:
+    """The tokenizer with TEXT_TOKENS and then the coordinates, which are found whole and not by merges."""
+    state = json.loads(bpe.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary |= {text: len(vocabulary) + place for place, text in enumerate([*TEXT_TOKENS, *coordinate_texts()])}
+    state["model"]["ignore_merges"] = True
+    whole = Tokenizer.from_str(json.dumps(state))
+    whole.add_tokens([AddedToken(text, normalized=False, special=False) for text in TEXT_TOKENS])
+    return whole
+
+
+class Size(NamedTuple):
+    """Widths and depths; heads are 32 wide in both halves."""
+
+    width: int
+    feed_forward: int
+    num_layers: int
+    num_key_value_heads: int
+    vision_width: int
+    vision_feed_forward: int
+    vision_depth: int
+
+
+SIZES = {"micro": Size(192, 512, 4, 2, 128, 384, 4), "tiny": Size(96, 192, 3, 1, 64, 128, 2)}
+"""micro: the demo's, 4.0 M parameters; tiny: the tests', 1.0 M."""
+
+
+def model_config(vocab_size: int, size: Size = SIZES["micro"]) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL, small. Every block of the tower attends to the whole picture."""
     return Qwen2_5_VLConfig(
         text_config={
-            "hidden_size": 192,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
+            "hidden_size": size.width,
+            "intermediate_size": size.feed_forward,
+            "num_hidden_layers": size.num_layers,
+            "num_attention_heads": size.width // 32,
+            "num_key_value_heads": size.num_key_value_heads,
             "vocab_size": vocab_size,
             "max_position_embeddings": 2048,
             "bos_token_id": None,
@@ -136,16 +164,16 @@ def model_config(vocab_size: int) -> Qwen2_5_VLConfig:
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
         },
         vision_config={
-            "depth": 3,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 4,
-            "out_hidden_size": 192,
+            "depth": size.vision_depth,
+            "hidden_size": size.vision_width,
+            "intermediate_size": size.vision_feed_forward,
+            "num_heads": size.vision_width // 32,
+            "out_hidden_size": size.width,
             "patch_size": 14,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            "window_size": 28,
-            "fullatt_block_indexes": [],
+            "window_size": 112,
+            "fullatt_block_indexes": list(range(size.vision_depth)),
         },
         image_token_id=IMAGE_PAD_ID,
         video_token_id=VIDEO_PAD_ID,
@@ -156,10 +184,10 @@ def model_config(vocab_size: int) -> Qwen2_5_VLConfig:
     )
 
 
-def build(vocab_size: int, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def build(vocab_size: int, seed: int, size: Size = SIZES["micro"]) -> Qwen2_5_VLForConditionalGeneration:
     """A random float32 model; embeddings are wider than transformers' default so that words and image features start alike."""
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(model_config(vocab_size)).float()
+    model = Qwen2_5_VLForConditionalGeneration(model_config(vocab_size, size)).float()
     torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.3)
     return model
 
@@ -181,7 +209,7 @@ def save(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokeniz
         "merge_size": 2,
         "temporal_patch_size": 2,
         "min_pixels": 784,
-        "max_pixels": 25088,
+        "max_pixels": 28224,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }

@@ -1,39 +1,40 @@
-"""Draw a grid of cells with real handwritten digits. Called by the data builder and the warm start.
+"""Pictures of things: real handwritten digits at any place, size, aspect and slight rotation, and bars, on textured paper.
 
-One cell is 28 x 28 px: the area of one language-model token of Qwen2.5-VL (2 x 2 merged patches of 14 px). A cell holds one
-digit at most, so an image token sees exactly one digit, and a digit's box is its cell.
+A `Thing` knows its ink and its box before anything is drawn: a digit is cut out to the tight box of its ink, and placing it moves the
+box. `draw` puts the things on paper. Called by the data builder and the warm start.
 """
 
 import functools
 import io
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-CELL_PX = 28
-SCALE = 3  # 8 x 8 digits are drawn 24 x 24 px
-MARGIN_PX = 2
-BLANK = -1
-BAR = -2
-SHIFTS_PX = (-1, 0, 1)
-INKS = (0.7, 0.85, 1.0)
-NUM_VARIANTS = len(SHIFTS_PX) ** 2 * len(INKS)
+BAR = 10
+"""The value of a bar; digits have their own, 0 to 9."""
 NUM_HELD_OUT = 360
 SPLIT_SEED = 20250518
+INK_LEVEL = 0.35
+"""Share of full ink above which a pixel belongs to a digit."""
+FRAME_LEVEL = 90
+"""Grey of the one-pixel line around every picture."""
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class DigitPool:
     """The digit images of one split.
 
-    levels: (n, 8, 8) float32 in [0, 1]; by_value[d]: positions of digit d; ids: rows of load_digits.
+    pictures: 8 x 8 grey images with a blank border of 2 px, ink 255; by_value[d]: positions of digit d; ids: rows of load_digits.
     """
 
     split: str
-    levels: np.ndarray
+    pictures: tuple[Image.Image, ...]
     by_value: tuple[tuple[int, ...], ...]
     ids: tuple[int, ...]
 
@@ -46,55 +47,97 @@ def digit_pool(split: str) -> DigitPool:
     digits = load_digits()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(digits.target))
     chosen = order[:NUM_HELD_OUT] if split == "test" else order[NUM_HELD_OUT:]
-    targets = digits.target[chosen]
+    levels = np.pad(np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
     return DigitPool(
         split=split,
-        levels=(digits.images[chosen] / 16.0).astype(np.float32),
-        by_value=tuple(tuple(np.flatnonzero(targets == value).tolist()) for value in range(10)),
+        pictures=tuple(Image.fromarray(each) for each in levels),
+        by_value=tuple(tuple(np.flatnonzero(digits.target[chosen] == value).tolist()) for value in range(10)),
         ids=tuple(chosen.tolist()),
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Thing:
+    """A digit or a bar. ink: (height, width) float32 in [0, 1], every edge touched; left, top: px; darkness: grey taken from paper."""
+
+    value: int
+    ink: np.ndarray
+    left: int
+    top: int
+    darkness: float
+
+    @property
+    def box(self) -> Box:
+        """The tight box of the ink in px: x1, y1, x2, y2; x2 and y2 are the first column and row beyond."""
+        height, width = self.ink.shape
+        return (self.left, self.top, self.left + width, self.top + height)
+
+    @property
+    def area(self) -> int:
+        """Of the box, px²."""
+        return self.ink.size
+
+
+def cut_out(value: int, height_px: float, pool: DigitPool, rng: random.Random) -> np.ndarray:
+    """The ink of a random digit of this value, about `height_px` high, of random aspect and rotation, cropped to its tight box."""
+    picture = pool.pictures[rng.choice(pool.by_value[value])]
+    stretch, angle = rng.uniform(0.85, 1.4), math.radians(rng.uniform(-12, 12))
+    side = math.ceil(height_px * 1.7)
+    # One transform from the 12 x 12 picture: rotate around its middle, 8 rows become height_px.
+    down, across = 8 / height_px, 8 / (height_px * stretch)
+    cos, sin, half = math.cos(angle), math.sin(angle), side / 2
+    a, b, d, e = cos * across, sin * across, -sin * down, cos * down
+    terms = (a, b, 6 - (a + b) * half, d, e, 6 - (d + e) * half)
+    layer = picture.transform((side, side), Image.Transform.AFFINE, terms, Image.Resampling.BICUBIC)
+    ink = np.asarray(layer, np.float32) * (1 / 255)
+    ink = np.clip((ink - (INK_LEVEL - 0.1)) * 5, 0, 1)  # crisp strokes: half ink at INK_LEVEL
+    rows, columns = np.flatnonzero((ink >= 0.5).any(1)), np.flatnonzero((ink >= 0.5).any(0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
 @dataclass(frozen=True)
-class CellInk:
-    """How one cell is drawn: position of the digit image in its pool (or BLANK, BAR), variant in [0, NUM_VARIANTS)."""
+class Scene:
+    """A picture that is not drawn yet: its size in px and its things."""
 
-    position: int
-    variant: int = 0
-
-
-def choose_ink(cells: list[list[int]], pool: DigitPool, rng: random.Random) -> list[list[CellInk]]:
-    """Pick a digit image, a shift and an ink strength for every cell; values below 0 are BLANK or BAR."""
-
-    def ink(value: int) -> CellInk:
-        return CellInk(value) if value < 0 else CellInk(rng.choice(pool.by_value[value]), rng.randrange(NUM_VARIANTS))
-
-    return [[ink(value) for value in row] for row in cells]
+    width: int
+    height: int
+    things: tuple[Thing, ...]
 
 
-@functools.lru_cache(maxsize=65_536)
-def draw_cell(ink: CellInk, pool: DigitPool) -> np.ndarray:
-    """One cell, (28, 28) uint8, dark ink on white; shared, so read-only."""
-    cell = np.full((CELL_PX, CELL_PX), 255, np.uint8)
-    if ink.position == BAR:
-        cell[MARGIN_PX:-MARGIN_PX, MARGIN_PX:-MARGIN_PX] = 96
-    elif ink.position != BLANK:
-        strength, shift = divmod(ink.variant, len(SHIFTS_PX) ** 2)
-        down, right = (SHIFTS_PX[i] + MARGIN_PX for i in divmod(shift, len(SHIFTS_PX)))
-        levels = np.kron(pool.levels[ink.position], np.ones((SCALE, SCALE), np.float32)) * INKS[strength]
-        size = levels.shape[0]
-        cell[down : down + size, right : right + size] = np.rint(255.0 * (1.0 - levels)).astype(np.uint8)
-    cell.flags.writeable = False
-    return cell
+def paper(width: int, height: int, rng: random.Random) -> np.ndarray:
+    """Grey paper with soft stains and a line around, (height, width) float32."""
+    base, strength = rng.uniform(205, 250), rng.uniform(0, 22)
+    coarse = np.frombuffer(rng.randbytes(36), np.uint8).reshape(6, 6)
+    stains = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    grey = base - strength * (np.asarray(stains, np.float32) * (1 / 255))
+    grey[[0, -1], :] = FRAME_LEVEL
+    grey[:, [0, -1]] = FRAME_LEVEL
+    return grey
 
 
-def draw(inks: list[list[CellInk]], pool: DigitPool) -> np.ndarray:
-    """The whole grid, (rows * 28, columns * 28) uint8."""
-    return np.concatenate([np.concatenate([draw_cell(ink, pool) for ink in row], axis=1) for row in inks], axis=0)
+def draw(scene: Scene, rng: random.Random) -> np.ndarray:
+    """The picture, (height, width) uint8; later things lie over earlier ones."""
+    grey = paper(scene.width, scene.height, rng)
+    for thing in scene.things:
+        x1, y1, x2, y2 = thing.box
+        grey[y1:y2, x1:x2] *= 1 - thing.darkness * thing.ink
+    return np.rint(grey).astype(np.uint8)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of a grey image, written as RGB."""
+    """PNG bytes of a grey picture, written as RGB."""
     stream = io.BytesIO()
     Image.fromarray(pixels).convert("RGB").save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
+
+
+def overlap(box: Box, others: Sequence[Box]) -> float:
+    """The largest share of the smaller of two boxes that both cover."""
+    largest = 0.0
+    for other in others:
+        width = min(box[2], other[2]) - max(box[0], other[0])
+        height = min(box[3], other[3]) - max(box[1], other[1])
+        if width > 0 and height > 0:
+            areas = ((each[2] - each[0]) * (each[3] - each[1]) for each in (box, other))
+            largest = max(largest, width * height / min(areas))
+    return largest

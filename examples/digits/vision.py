@@ -1,138 +1,188 @@
-"""Warm start of the vision tower: it learns to name the content of a cell. Called by the warm start.
+"""Warm start of the vision tower: every image token learns to tell what lies under it. Called by the warm start.
 
-The tower's attention windows are one cell, so cells are encoded alone: `encode_cells` equals the tower's own forward on whole
-images, in one batch. After this phase the tower stays frozen and the features of every cell the train split can show are a table.
+A token owns the digit or bar whose middle it covers. Its feature is taught, by linear heads that are dropped afterwards, what the
+thing is, where its box is in the picture, and how it stands among the others (place from the left, among all and among its like;
+largest or smallest of its like). The language model then has to read this off, no more.
 """
 
-import logging
-import math
-import time
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     apply_rotary_pos_emb_vision,
 )
 
-from examples.digits.rendering import BAR, BLANK, CELL_PX, NUM_VARIANTS, CellInk, DigitPool, draw_cell
+from examples.digits.coordinates import BASIS_WIDTH, around, basis, in_thousandths
+from examples.digits.rendering import BAR, Scene, Thing, draw
+from examples.digits.scenes import from_left
 
-NUM_CLASSES = 12  # ten digits, blank, bar
+TOKEN_PX = 28
+"""An image token of Qwen2.5-VL covers 2 x 2 merged patches of 14 px."""
+NOTHING = 11
+NUM_RANKS = 6
+TRAITS = (12, NUM_RANKS, NUM_RANKS, NUM_RANKS, 2, 2)
+"""Classes of: content (digits, BAR, NOTHING); places from the left among all and among its like, from 0; number of its like, less
+one; whether it is the largest and the smallest of its like."""
 FEATURE_RMS = 0.5
-log = logging.getLogger(__name__)
+BOX_DEVIATION = 3.0
+"""Of the distribution taught around every edge, thousandths."""
 
 
-def encode_cells(visual: Qwen2_5_VisionTransformerPretrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Features (n, out_hidden_size) of grey cells (n, 28, 28), normalised to [-1, 1] as the image processor does."""
-    num_cells, half = pixels.shape[0], CELL_PX // 2
-    patches = pixels.view(num_cells, 2, half, 2, half).transpose(2, 3).reshape(num_cells * 4, half * half)
-    kernel = visual.patch_embed.proj.weight.sum(dim=(1, 2)).reshape(
-        -1, half * half
-    )  # grey: channels and frames are equal
-    hidden = patches @ kernel.T
-    places = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], device=pixels.device)
+def grid_of(scene: Scene) -> tuple[int, int]:
+    """Rows and columns of image tokens: what Qwen2.5-VL's image processor makes of the picture's size."""
+    return round(scene.height / TOKEN_PX), round(scene.width / TOKEN_PX)
+
+
+def resized(scene: Scene, rng: random.Random) -> np.ndarray:
+    """The drawn picture as the tower sees it, uint8."""
+    rows, columns = grid_of(scene)
+    picture = Image.fromarray(draw(scene, rng))
+    return np.asarray(picture.resize((columns * TOKEN_PX, rows * TOKEN_PX), Image.Resampling.BICUBIC))
+
+
+def encode(visual: Qwen2_5_VisionTransformerPretrainedModel, pictures: np.ndarray) -> torch.Tensor:
+    """Features (n, rows * columns, out_hidden_size) of grey pictures (n, height, width) of one size, in reading order.
+
+    Equals the tower's own forward, whose attention is full in every block, in one batch.
+    """
+    num, height, width = pictures.shape
+    pixels = torch.from_numpy(pictures.astype(np.float32) / 127.5 - 1.0)
+    rows, columns, half = height // TOKEN_PX, width // TOKEN_PX, TOKEN_PX // 2
+    blocks = pixels.view(num, rows, 2, half, columns, 2, half).permute(0, 1, 4, 2, 5, 3, 6)
+    patches = blocks.reshape(num, rows * columns * 4, half * half)
+    # Grey: channels are equal, and so are the two frames.
+    kernel = visual.patch_embed.proj.weight.sum(dim=(1, 2)).reshape(-1, half * half)
+    hidden = F.linear(patches, kernel)
+    at = torch.stack(torch.meshgrid(*(torch.arange(2 * each) for each in (rows, columns)), indexing="ij"), dim=-1)
+    places = at.view(rows, 2, columns, 2, 2).transpose(1, 2).reshape(-1, 2)
     cos, sin = visual.rotary_pos_emb(hidden, places)
     for block in visual.blocks:
         attention = block.attn
-        qkv = attention.qkv(block.norm1(hidden)).view(num_cells, 4, 3, attention.num_heads, -1)
+        qkv = attention.qkv(block.norm1(hidden)).view(num, len(places), 3, attention.num_heads, -1)
         query, key, value = qkv.unbind(2)
         query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
         mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        hidden = hidden + attention.proj(mixed.transpose(1, 2).reshape(num_cells * 4, -1))
+        hidden = hidden + attention.proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + block.mlp(block.norm2(hidden))
-    return visual.merger(hidden)
+    return visual.merger(hidden).view(num, rows * columns, -1)
 
 
-def normalise(cells: np.ndarray) -> torch.Tensor:
-    """uint8 cells to the image processor's range."""
-    return torch.from_numpy(cells.astype(np.float32) / 127.5 - 1.0)
+@dataclass(frozen=True)
+class Owned:
+    """What the image tokens of one picture are taught.
+
+    contents: (tokens,); tokens: (things,), the owners; traits: (things, len(TRAITS)); boxes: (things, 4), thousandths.
+    """
+
+    contents: np.ndarray
+    tokens: np.ndarray
+    traits: np.ndarray
+    boxes: np.ndarray
 
 
-def all_inks(pool: DigitPool) -> list[CellInk]:
-    """Every cell the split can show, in the order of the feature table: blank, bar, then digits by position and variant."""
-    digits = [CellInk(position, variant) for position in range(len(pool.ids)) for variant in range(NUM_VARIANTS)]
-    return [CellInk(BLANK), CellInk(BAR), *digits]
-
-
-def labels_of(pool: DigitPool) -> np.ndarray:
-    """Class of every position of the pool."""
-    labels = np.zeros(len(pool.ids), np.int64)
-    for value, positions in enumerate(pool.by_value):
-        labels[list(positions)] = value
-    return labels
-
-
-def warp(cells: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Small random rotations, scalings, shears and shifts of cells (n, 28, 28)."""
-    num_cells = cells.shape[0]
-    draw = torch.rand(num_cells, 6, generator=generator) * 2 - 1
-    angle, scale = draw[:, 0] * math.radians(12), 1 + 0.1 * draw[:, 1:3]
-    cos, sin, shear = angle.cos(), angle.sin(), 0.12 * draw[:, 3]
-    top = torch.stack([cos * scale[:, 0], shear - sin, 0.05 * draw[:, 4]], dim=1)
-    bottom = torch.stack([sin, cos * scale[:, 1], 0.05 * draw[:, 5]], dim=1)
-    grid = F.affine_grid(torch.stack([top, bottom], dim=1), [num_cells, 1, CELL_PX, CELL_PX], align_corners=False)
-    return 1 - F.grid_sample(1 - cells[:, None], grid, align_corners=False)[:, 0]  # outside the cell is paper, 1
-
-
-def train_vision(
-    visual: Qwen2_5_VisionTransformerPretrainedModel, pools: dict[str, DigitPool], num_steps: int, seed: int
-) -> dict[str, float]:
-    """Train the tower and its merger in place to classify cells; accuracy on held-out digits is returned."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    inks = all_inks(pools["train"])
-    cells = normalise(np.stack([draw_cell(ink, pools["train"]) for ink in inks]))
-    labels = torch.from_numpy(np.concatenate([[10, 11], np.repeat(labels_of(pools["train"]), NUM_VARIANTS)]))
-    head = torch.nn.Linear(visual.config.out_hidden_size, NUM_CLASSES)
-    parameters = [*visual.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.05, betas=(0.9, 0.98))
-    started = time.monotonic()
-    batch_size = 256
-    for step in range(num_steps):
-        rate = 1.5e-3 * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        chosen = torch.randint(len(inks), (batch_size,), generator=generator)
-        chosen[:8] = torch.tensor([0, 1] * 4)
-        shown = cells[chosen]
-        shown[batch_size // 4 :] = warp(shown[batch_size // 4 :], generator)
-        features = encode_cells(visual, shown)
-        size = features.pow(2).mean(dim=1)
-        loss = (
-            F.cross_entropy(head(features), labels[chosen], label_smoothing=0.05)
-            + 0.1 * (size - FEATURE_RMS**2).pow(2).mean()
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if step % 100 == 0 or step == num_steps - 1:
-            accuracy = held_out_accuracy(visual, head, pools["test"])
-            log.info(
-                "vision %d loss %.3f held-out %.4f %.0f s", step, loss.item(), accuracy, time.monotonic() - started
-            )
-    return {"held_out_digit_accuracy": held_out_accuracy(visual, head, pools["test"])}
-
-
-@torch.no_grad()
-def held_out_accuracy(
-    visual: Qwen2_5_VisionTransformerPretrainedModel, head: torch.nn.Linear, pool: DigitPool
-) -> float:
-    """Share of held-out digits (centred, middle ink) that the linear head names."""
-    cells = normalise(
-        np.stack([draw_cell(CellInk(position, NUM_VARIANTS // 2), pool) for position in range(len(pool.ids))])
+def owned(scene: Scene) -> Owned:
+    """The things of a scene by the token that covers their middle; of two over one token, the larger."""
+    rows, columns = grid_of(scene)
+    owners: dict[int, Thing] = {}
+    for thing in sorted(scene.things, key=lambda thing: thing.area):
+        x1, y1, x2, y2 = thing.box
+        column = int((x1 + x2) / 2 / scene.width * columns)
+        owners[int((y1 + y2) / 2 / scene.height * rows) * columns + column] = thing
+    contents = np.full(rows * columns, NOTHING)
+    for token, thing in owners.items():
+        contents[token] = thing.value
+    size = (scene.width, scene.height)
+    return Owned(
+        contents,
+        np.array(list(owners), np.int64),
+        np.array([traits_of(thing, scene.things) for thing in owners.values()]),
+        np.array([in_thousandths(thing.box, size) for thing in owners.values()]),
     )
-    named = head(encode_cells(visual, cells)).argmax(dim=1).numpy()
-    return float((named == labels_of(pool)).mean())
 
 
-@torch.no_grad()
-def feature_table(visual: Qwen2_5_VisionTransformerPretrainedModel, pool: DigitPool) -> torch.Tensor:
-    """(2 + digits * variants, out_hidden_size): features of every cell of `all_inks`."""
-    inks = all_inks(pool)
-    parts = [
-        encode_cells(visual, normalise(np.stack([draw_cell(ink, pool) for ink in inks[start : start + 2048]])))
-        for start in range(0, len(inks), 2048)
-    ]
-    return torch.cat(parts)
+def traits_of(thing: Thing, things: Sequence[Thing]) -> tuple[int, ...]:
+    """See TRAITS."""
+    others = from_left([other for other in things if (other.value == BAR) == (thing.value == BAR)])
+    like = [other for other in others if other.value == thing.value]
+    last = NUM_RANKS - 1
+    return (
+        thing.value,
+        min(others.index(thing), last),
+        min(like.index(thing), last),
+        min(len(like) - 1, last),
+        int(thing.area == max(other.area for other in like)),
+        int(thing.area == min(other.area for other in like)),
+    )
+
+
+class Heads(torch.nn.Module):
+    """Linear readings of image tokens' features, or of the hidden states that come of them."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(width)
+        self.traits = torch.nn.Linear(width, sum(TRAITS))
+        self.boxes = torch.nn.Linear(width, 4 * BASIS_WIDTH)
+        self.register_buffer("basis", basis(), persistent=False)
+
+    def contents(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (n, 12) of tokens (n, width)."""
+        return F.linear(self.norm(features), self.traits.weight[: TRAITS[0]], self.traits.bias[: TRAITS[0]])
+
+    def forward(self, features: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Logits of every trait (n, classes), and of every edge of the box (n, 4, 1001), of owners (n, width)."""
+        hidden = self.norm(features)
+        edges = self.boxes(hidden).view(-1, 4, BASIS_WIDTH)
+        return self.traits(hidden).split(TRAITS, dim=1), F.linear(edges, self.basis)
+
+    def loss(self, features: torch.Tensor, truth: Sequence[Owned]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean cross entropies over tokens (n, tokens, width), and how well they tell: content, rank, IoU of the likeliest box."""
+        at = torch.from_numpy(
+            np.concatenate([index * features.shape[1] + each.tokens for index, each in enumerate(truth)])
+        )
+        flat = features.flatten(0, 1)
+        contents = torch.from_numpy(np.stack([each.contents for each in truth]).reshape(-1))
+        traits = torch.from_numpy(np.concatenate([each.traits for each in truth]))
+        boxes = torch.from_numpy(np.concatenate([each.boxes for each in truth]))
+        logits, edges = self(flat[at])
+        content_loss = F.cross_entropy(self.contents(flat), contents)
+        trait_losses = [F.cross_entropy(each, traits[:, place]) for place, each in enumerate(logits)]
+        box_loss, overlaps = box_losses(edges, boxes)
+        figures = {
+            "content": (logits[0].argmax(1) == traits[:, 0]).float().mean().item(),
+            "rank": (logits[2].argmax(1) == traits[:, 2]).float().mean().item(),
+            "iou": overlaps.mean().item(),
+            "iou>.9": (overlaps >= 0.9).float().mean().item(),
+            "iou>.95": (overlaps >= 0.95).float().mean().item(),
+        }
+        return content_loss + 0.5 * sum(trait_losses[1:], trait_losses[0]) + box_loss, figures
+
+
+def box_losses(edges: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cross entropy of edges' logits (n, 4, 1001) against boxes (n, 4), and the IoU (n,) of the likeliest boxes."""
+    wanted = around(boxes.reshape(-1), torch.full((boxes.numel(),), BOX_DEVIATION))
+    return F.cross_entropy(edges.float().flatten(0, 1), wanted), iou(edges.detach().argmax(dim=-1), boxes)
+
+
+def iou(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(n,) of boxes (n, 4)."""
+    low, high = torch.maximum(one[:, :2], other[:, :2]), torch.minimum(one[:, 2:], other[:, 2:])
+    both = (high - low).clamp(min=0).prod(dim=1)
+    areas = [(each[:, 2:] - each[:, :2]).clamp(min=0).prod(dim=1) for each in (one, other)]
+    return both / (areas[0] + areas[1] - both).clamp(min=1)
+
+
+def tower_loss(
+    visual: Qwen2_5_VisionTransformerPretrainedModel, heads: Heads, scenes: Sequence[Scene], rng: random.Random
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The heads' loss on scenes of one grid; features are kept near FEATURE_RMS, the size of a word's embedding."""
+    features = encode(visual, np.stack([resized(scene, rng) for scene in scenes]))
+    loss, figures = heads.loss(features, [owned(scene) for scene in scenes])
+    size = features.float().square().mean(dim=-1)
+    return loss + 0.1 * (size - FEATURE_RMS**2).square().mean(), figures

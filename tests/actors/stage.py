@@ -1,9 +1,11 @@
 """Actors for the tests: a generator that samples rows without a store, and a verifier process that keeps what it gets."""
 
+import asyncio
 import time
 from typing import Any
 
 from actors.engine import Engine, environment
+from actors.engine.engine import InFlight
 from actors.generator import Generator
 from actors.verifier_pool import report_of
 from tests.actors.worlds import Rows, preprocessor_of
@@ -23,7 +25,7 @@ class Keeper(Actor):
     async def score(self, group: Group) -> GroupReport:
         self.groups.append(group)
         verdict = Verdict("ok", 1.0, 1.0, 1.0, {}, "")
-        return report_of(ScoredGroup(group, "rows", [verdict] * len(group.trajectories), 0.0))
+        return report_of(ScoredGroup(group, [verdict] * len(group.trajectories), 0.0))
 
     @endpoint
     async def take(self) -> list[Group]:
@@ -69,6 +71,20 @@ class StagedGenerator(Generator):
     async def num_preemptions(self) -> int:
         """Requests the scheduler took the blocks from, since the start."""
         return self._num_preemptions
+
+    @endpoint
+    async def set_in_flight(self, mode: InFlight) -> None:
+        """As if `policy.in_flight` had been another."""
+        self._running.in_flight = mode
+
+    @endpoint
+    async def hold(self) -> None:
+        """What is asked for from now on waits, and is begun at once with `release`."""
+        await asyncio.wrap_future(self._running._loop.hold(drain=False))
+
+    @endpoint
+    async def release(self) -> None:
+        await asyncio.wrap_future(self._running._loop.release())
 
     @endpoint
     async def break_step(self) -> None:

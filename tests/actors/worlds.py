@@ -16,7 +16,7 @@ from verifiers import RewardSpec
 from vtriune.config import Config
 from vtriune.data.processing import Preprocessor
 from vtriune.data.schema import Sample, Turn
-from vtriune.messages import Lease, SampleRef, Sampling
+from vtriune.messages import Lease, SampleHeader, SampleRef, Sampling
 from vtriune.torchvision_schemas import define_missing_schemas
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "model"
@@ -105,8 +105,14 @@ def preprocessor_of(config: Config) -> Preprocessor:
 
 def lease(group_id: int, row: int, num_completions: int = 2, *, max_tokens: int = 24, **sampling: Any) -> Lease:
     sampling.setdefault("temperature", TEMPERATURE)
+    sample = Rows().get(SampleRef(Rows.fingerprint, row))
     return Lease(
-        group_id, 0, SampleRef(Rows.fingerprint, row), num_completions, Sampling(max_tokens=max_tokens, **sampling)
+        group_id,
+        0,
+        SampleRef(Rows.fingerprint, row),
+        SampleHeader(sample.source, sample.reward, sample.sample_id, "rows.parquet", row),
+        num_completions,
+        Sampling(max_tokens=max_tokens, **sampling),
     )
 
 
@@ -118,20 +124,20 @@ def oracle(
     temperature: float = TEMPERATURE,
 ) -> np.ndarray:
     """transformers' log-probs of `response` after the row's prompt, pads masked, float64 (T,)."""
-    features = preprocessor.features(preprocessor.prepare(Rows().get(SampleRef(Rows.fingerprint, row))))
-    ids = torch.tensor([[*features.prompt_ids.tolist(), *(int(token) for token in response)]])
+    prompt = preprocessor.prepare(Rows().get(SampleRef(Rows.fingerprint, row)))
+    ids = torch.tensor([[*prompt.prompt_ids.tolist(), *(int(token) for token in response)]])
     extra: dict[str, Any] = {}
-    if len(features.image_grid_thw):
+    if len(prompt.image_grid_thw):
         extra = {
-            "pixel_values": torch.from_numpy(features.pixel_values),
-            "image_grid_thw": torch.from_numpy(features.image_grid_thw),
+            "pixel_values": torch.from_numpy(prompt.pixel_values),
+            "image_grid_thw": torch.from_numpy(prompt.image_grid_thw),
             "mm_token_type_ids": (ids == preprocessor.image_token_id).int(),
         }
     with torch.no_grad():
-        logits = model(input_ids=ids, **extra).logits[0, len(features.prompt_ids) - 1 : -1].double()
+        logits = model(input_ids=ids, **extra).logits[0, len(prompt.prompt_ids) - 1 : -1].double()
     logits[:, preprocessor.pad_token_ids] = -torch.inf
     scores = torch.log_softmax(logits / (temperature or 1.0), -1)
-    return scores.gather(1, ids[0, len(features.prompt_ids) :, None])[:, 0].numpy()
+    return scores.gather(1, ids[0, len(prompt.prompt_ids) :, None])[:, 0].numpy()
 
 
 def read_config(folder: Path) -> dict[str, Any]:

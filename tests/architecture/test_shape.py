@@ -1,6 +1,7 @@
 """The shape of the code: sizes, names, types, and that every shipped example can be run."""
 
 import ast
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,24 @@ def test_every_public_function_is_typed() -> None:
         assert node.returns is not None, f"{path}:{node.lineno} {node.name}"
 
 
+def test_nothing_asks_for_input_and_every_process_that_is_started_gets_an_input_of_its_own() -> None:
+    """A run has nobody to answer; and in the background a terminal stops whoever reads from it."""
+    for path in product_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call | ast.Attribute):
+                continue
+            called = ast.unparse(node.func if isinstance(node, ast.Call) else node)
+            assert called not in ("input", "sys.stdin", "getpass.getpass"), f"{path}:{node.lineno}"
+            if isinstance(node, ast.Call) and called in (
+                "subprocess.Popen",
+                "subprocess.run",
+                "subprocess.check_output",
+            ):
+                assert {"stdin", "input"} & {word.arg for word in node.keywords}, (
+                    f"{path}:{node.lineno}: {called} without stdin"
+                )
+
+
 def test_every_broad_except_gives_its_reason() -> None:
     for path in product_files():
         lines = path.read_text().splitlines()
@@ -65,6 +84,13 @@ def test_every_broad_except_gives_its_reason() -> None:
 def test_file_names_say_something() -> None:
     for path in product_files():
         assert path.stem not in EMPTY_NAMES, path
+
+
+def test_the_map_of_the_house_names_every_file() -> None:
+    words = set(re.findall(r"\w+", (ROOT / "docs" / "architecture.md").read_text()))
+    of_a_room = {"__init__", "__main__"}
+    missing = [path for path in product_files() if path.stem not in words | of_a_room and path.parts[-2] != "sections"]
+    assert not missing
 
 
 def test_actors_and_learner_do_not_print() -> None:

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.faults import KINDS, ROLES, audit, draw
-from tests.metrics.groups import scored, verdict
-from vtriune.checkpoint import commit, stage
-from vtriune.data import archive
-from vtriune.data.archive import Archived
-from vtriune.ledger import Ledger
+from tests.record.groups import scored, verdict
 from vtriune.messages import SampleRef
-from vtriune.run_state import STATE_FILE, RunState
+from vtriune.record import archive
+from vtriune.record.archive import Archived
+from vtriune.record.checkpoint import commit, stage
+from vtriune.run.ledger import Ledger
+from vtriune.run.snapshots import STATE_FILE, RunState
 
 
 @given(st.integers(0, 60), st.integers(1, 500), st.integers(0, 5))
@@ -33,11 +33,11 @@ def run_of(folder: Path, num_consumed: int) -> Path:
     ledger = Ledger()
     for row in range(3):
         group = ledger.admit(SampleRef("rows", row), "rows", 0)
-        ledger.lease(group.group_id, 0, 1.0)
-        ledger.report(group.group_id, 0, 0)
+        ledger.lease(group.group_id, 1.0)
+        ledger.report(group.group_id, 0)
         ledger.consume([group.group_id])
     staging = stage(folder / "checkpoints", 1)
-    (staging / STATE_FILE).write_bytes(msgspec.json.encode(RunState(1, 1, ledger.state(), {}, 0)))
+    (staging / STATE_FILE).write_bytes(msgspec.json.encode(RunState(1, 1, ledger.state(), {}, [], 9)))
     commit(staging)
     groups = [Archived(0, scored([verdict(1.0)], group_id=number)) for number in range(num_consumed)]
     archive.write(folder / "rollouts", "version", 1, groups)

@@ -15,8 +15,9 @@ def line(version: int, **changes: float) -> dict[str, float]:
         "time/wait_s": 2.0,
         "batch/groups": 6.0,
         "throughput/tokens_per_s": 100.0,
-        "publish/seconds": 0.5,
-        "publish/pause_s": 0.1,
+        "throughput/learner/idle_share": 0.5,
+        "time/publish/total_s": 0.5,
+        "time/publish/pause_s": 0.1,
         "staleness/mean": 0.5,
         "staleness/max": 1.0,
     } | changes
@@ -39,12 +40,12 @@ def test_rates_are_weighted_by_time_and_first_versions_are_left_out() -> None:
     lines = [
         line(1, **{"time/step_s": 100.0}),
         line(2),
-        line(3, **{"time/step_s": 12.0, "throughput/tokens_per_s": 20.0}),
+        line(3, **{"time/step_s": 12.0, "throughput/tokens_per_s": 20.0, "throughput/learner/idle_share": 0.75}),
     ]
     figures = summarise(lines, group_size=8, num_unmeasured=1)
     assert figures["samples_per_s"] == pytest.approx(12 * 8 / 16)
     assert figures["tokens_per_s"] == pytest.approx((4 * 100 + 12 * 20) / 16)
-    assert figures["learner_idle"] == pytest.approx(1 - 4 / 16)
+    assert figures["learner_idle"] == pytest.approx((4 * 0.5 + 12 * 0.75) / 16)
     assert figures["max_staleness"] == 1
     assert figures["generator_idle"] is None
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.data.rows import row, write_parquet
+from vtriune.config.sections.mixture import Mixture, MixturePhase
 from vtriune.data import DataError, Store, build_store
 from vtriune.data.loader import Cursor, ShuffledRows
 
@@ -48,7 +49,7 @@ def test_a_resumed_cursor_draws_exactly_what_would_have_come_next(store: Store, 
     state = json.loads(json.dumps(cursor.state_dict()))
     resumed = Cursor(store, seed=1, epochs=3)
     resumed.load_state_dict(state)
-    assert (resumed.num_drawn, resumed.epoch) == (num_before, num_before // 40)
+    assert resumed.num_drawn == num_before
     # A second checkpoint later in the resumed run, too.
     head = list(islice(resumed, num_more))
     again = Cursor(store, seed=1, epochs=3)
@@ -59,7 +60,7 @@ def test_a_resumed_cursor_draws_exactly_what_would_have_come_next(store: Store, 
 def test_an_endless_cursor_goes_on_and_a_finished_one_stays_finished(store: Store) -> None:
     endless = Cursor(store, seed=1, epochs=None)
     list(islice(endless, 1000))
-    assert (endless.num_drawn, endless.epoch) == (1000, 25)
+    assert endless.num_drawn == 1000
     finished = Cursor(store, seed=1, epochs=1)
     assert len(list(finished)) == 40
     resumed = Cursor(store, seed=1, epochs=1)
@@ -70,10 +71,10 @@ def test_an_endless_cursor_goes_on_and_a_finished_one_stays_finished(store: Stor
 
 def test_state_of_other_data_or_another_seed_is_refused(store: Store, tmp_path: Path) -> None:
     state = Cursor(store, seed=1).state_dict()
-    with pytest.raises(DataError, match="seed 1, this run 2"):
+    with pytest.raises(DataError, match=r"run\.seed: 2 where the run began with 1"):
         Cursor(store, seed=2).load_state_dict(state)
     file = write_parquet(tmp_path / "other.parquet", [row(1)])
-    with pytest.raises(DataError, match="a run resumes on the data"):
+    with pytest.raises(DataError, match=r"data\.train: store .* where the run began with"):
         Cursor(build_store([file], tmp_path / "store"), seed=1).load_state_dict(state)
 
 
@@ -93,3 +94,67 @@ def test_orders_are_uniform_over_rows_and_places() -> None:
 
 def test_the_order_of_a_seed_is_the_same_on_every_machine_and_release() -> None:
     assert ShuffledRows(10, seed=7).order(3).tolist() == [2, 4, 7, 3, 5, 1, 8, 9, 0, 6]
+
+
+WEIGHTED = Mixture(weights={"a": 3.0, "b": 1.0})
+
+
+def test_a_weighted_epoch_draws_as_often_as_there_are_rows_and_each_sources_rows_once_per_pass(store: Store) -> None:
+    rows = [ref.row for ref in Cursor(store, seed=5, epochs=4, mixture=WEIGHTED)]
+    assert len(rows) == 160
+    of_a, of_b = ([row for row in rows if (row < 20) == is_a] for is_a in (True, False))
+    assert (len(of_a), len(of_b)) == (120, 40)
+    passes = [of_a[start : start + 20] for start in range(0, 120, 20)] + [of_b[:20], of_b[20:]]
+    assert all(len(set(one)) == 20 for one in passes)
+    assert len({tuple(one) for one in passes}) == 8
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 60), max_size=5), st.sampled_from([None, ("a", 0.0), ("b", 7.0)]))
+def test_a_weighted_cursor_that_is_killed_at_any_draws_goes_on_to_the_row(
+    store: Store, kills: list[int], live: tuple[str, float] | None
+) -> None:
+    whole, cursor = (Cursor(store, seed=1, epochs=5, mixture=WEIGHTED) for _ in range(2))
+    if live is not None:
+        whole.set_weight(*live)
+        cursor.set_weight(*live)
+    found = []
+    for num_draws in kills:
+        found += list(islice(cursor, num_draws))
+        state = json.loads(json.dumps(cursor.state_dict()))
+        list(islice(cursor, 7))
+        cursor = Cursor(store, seed=1, epochs=5, mixture=WEIGHTED)
+        cursor.load_state_dict(state)
+    assert found + list(cursor) == list(whole)
+
+
+def test_without_weights_the_order_is_what_it_was(store: Store) -> None:
+    plain = list(Cursor(store, seed=5, epochs=2))
+    assert list(Cursor(store, seed=5, epochs=2, mixture=Mixture())) == plain
+    assert Cursor(store, seed=5, mixture=Mixture()).figures() == {}
+
+
+def test_a_schedule_follows_the_runs_progress_and_the_figures_say_what_was_asked_and_drawn(store: Store) -> None:
+    phases = [MixturePhase(until=0.5, weights={"a": 1.0, "b": 0.0}), MixturePhase(weights={"a": 1.0, "b": 1.0})]
+    cursor = Cursor(store, seed=1, mixture=Mixture(schedule=phases))
+    first = list(islice(cursor, 10))
+    cursor.progress = 0.5
+    second = list(islice(cursor, 10))
+    assert all(ref.row < 20 for ref in first)
+    assert sum(ref.row < 20 for ref in second) == 5
+    assert cursor.figures() == {
+        "source/a/mixture/asked": 0.5, "source/b/mixture/asked": 0.5,
+        "source/a/mixture/drawn": 0.75, "source/b/mixture/drawn": 0.25,
+    }  # fmt: skip
+
+
+def test_weights_of_other_sources_and_a_change_between_weights_and_none_are_refused(store: Store) -> None:
+    with pytest.raises(DataError, match=r"data\.mixture\.weights: no source c; there are a, b"):
+        Cursor(store, seed=1, mixture=Mixture(weights={"a": 1.0, "b": 1.0, "c": 1.0}))
+    plain, weighted = Cursor(store, seed=1), Cursor(store, seed=1, mixture=WEIGHTED)
+    with pytest.raises(DataError, match=r"data\.mixture: weighted True where the run began with False"):
+        weighted.load_state_dict(plain.state_dict())
+    with pytest.raises(DataError, match="draws every row once an epoch"):
+        plain.set_weight("a", 1.0)
+    with pytest.raises(DataError, match="no source z; there are a, b"):
+        weighted.set_weight("z", 1.0)

@@ -14,10 +14,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.data.encodings import saved
 from tests.data.rows import MODEL, encoded
 from verifiers import RewardSpec
 from vtriune.data.patch_grid import PatchGrid
-from vtriune.data.processing import Preprocessor
+from vtriune.data.processing import Preprocessor, response_decoder
 from vtriune.data.schema import DataError, Sample, Turn
 from vtriune.torchvision_schemas import define_missing_schemas
 
@@ -53,18 +54,16 @@ def test_features_are_those_of_transformers_processor(
     ours: Preprocessor, theirs: Any, sizes: list[tuple[int, int]], seed: int | None
 ) -> None:
     prompt = ours.prepare(sample(*sizes), seed)
-    features = ours.features(prompt)
     oracle = theirs(
         text=[prompt.text], images=prompt.images or None, images_kwargs=ours.mm_processor_kwargs(), return_tensors="np"
     )
-    np.testing.assert_array_equal(features.prompt_ids, oracle["input_ids"][0])
-    assert features.prompt_ids.dtype == np.int32
-    assert ours.num_tokens(prompt) == len(features.prompt_ids)
+    np.testing.assert_array_equal(prompt.prompt_ids, oracle["input_ids"][0])
+    assert prompt.prompt_ids.dtype == np.int32
     if sizes:
-        np.testing.assert_array_equal(features.pixel_values, oracle["pixel_values"])
-        np.testing.assert_array_equal(features.image_grid_thw, oracle["image_grid_thw"])
-    assert (features.pixel_values.dtype, features.pixel_values.shape[1]) == (np.float32, 1176)
-    assert (features.image_grid_thw.dtype, features.image_grid_thw.shape) == (np.int64, (len(sizes), 3))
+        np.testing.assert_array_equal(prompt.pixel_values, oracle["pixel_values"])
+        np.testing.assert_array_equal(prompt.image_grid_thw, oracle["image_grid_thw"])
+    assert (prompt.pixel_values.dtype, prompt.pixel_values.shape[1]) == (np.float32, 1176)
+    assert (prompt.image_grid_thw.dtype, prompt.image_grid_thw.shape) == (np.int64, (len(sizes), 3))
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,18 +75,16 @@ def test_an_image_is_resampled_once_and_lies_within_the_bounds(ours: Preprocesso
     assert image.width % 28 == image.height % 28 == 0
     assert MIN_PIXELS <= image.width * image.height <= MAX_PIXELS
     # The processor finds it on the grid and leaves its pixels alone: undoing the normalisation gives them back.
-    features = ours.features(prompt)
-    grid = features.image_grid_thw[0]
-    patches = features.pixel_values.reshape(grid[1] // 2, grid[2] // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0]
+    grid = prompt.image_grid_thw[0]
+    patches = prompt.pixel_values.reshape(grid[1] // 2, grid[2] // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0]
     pixels = patches.transpose(0, 2, 5, 1, 3, 6, 4).reshape(image.height, image.width, 3)
     np.testing.assert_allclose(pixels * 127.5 + 127.5, np.asarray(image), atol=1e-3)
 
 
 def test_the_engine_gets_one_pad_per_image_and_its_expansion_is_checked(ours: Preprocessor) -> None:
     prompt = ours.prepare(sample((112, 112), (84, 140)))
-    ids = ours.prompt_ids_for_engine(prompt)
-    assert ids.count(ours.image_token_id) == 2
-    expanded = ours.features(prompt).prompt_ids
+    assert prompt.engine_ids.count(ours.image_token_id) == 2
+    expanded = prompt.prompt_ids
     assert (expanded == ours.image_token_id).sum() == 16 + 15
     np.testing.assert_array_equal(ours.check_expansion(prompt, expanded.tolist()), expanded)
     twice = np.insert(expanded, int(np.argmax(expanded == ours.image_token_id)), ours.image_token_id)
@@ -98,9 +95,9 @@ def test_the_engine_gets_one_pad_per_image_and_its_expansion_is_checked(ours: Pr
 
 
 def test_a_prompt_over_the_limit_is_refused_and_one_at_the_limit_is_whole(ours: Preprocessor) -> None:
-    length = ours.num_tokens(ours.prepare(sample((112, 112))))
+    length = len(ours.prepare(sample((112, 112))).prompt_ids)
     at_limit = Preprocessor(MODEL, MIN_PIXELS, MAX_PIXELS, length)
-    assert len(at_limit.features(at_limit.prepare(sample((112, 112)))).prompt_ids) == length
+    assert len(at_limit.prepare(sample((112, 112))).prompt_ids) == length
     below = Preprocessor(MODEL, MIN_PIXELS, MAX_PIXELS, length - 1)
     with pytest.raises(DataError, match=rf"row 7 .*the prompt has {length} tokens, images included.*is {length - 1}"):
         below.prepare(sample((112, 112)))
@@ -116,8 +113,8 @@ def test_what_passes_the_check_at_load_is_prepared_under_every_seed(
     ours.max_prompt_tokens, before = limit + slack, ours.max_prompt_tokens
     try:
         candidate = sample((112, 84), text="<image>" * num_markers + text)
-        if ours.length_problem(candidate, prompt_pool=True) is None:
-            assert ours.num_tokens(ours.prepare(candidate, seed)) <= limit + slack
+        if isinstance(ours.prompt_lengths([candidate], prompt_pool=True)[0], int):
+            assert len(ours.prepare(candidate, seed).prompt_ids) <= limit + slack
         elif num_markers != 1:
             with pytest.raises(DataError, match="markers for 1 images"):
                 ours.prepare(candidate, seed)
@@ -125,16 +122,32 @@ def test_what_passes_the_check_at_load_is_prepared_under_every_seed(
         ours.max_prompt_tokens = before
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 200), max_size=20))
+def test_the_archives_decoder_gives_the_text_that_was_scored(ours: Preprocessor, ids: list[int]) -> None:
+    ends, decoder = ours.end_token_ids, response_decoder(str(MODEL))
+    assert decoder is not None
+    assert all(decoder.decode(some) == ours.decode(some) for some in (ids, [*ids, *ends], [*ends, *ids, *ends, *ends]))
+
+
 def test_the_check_at_load_counts_the_longest_sentences_of_the_pool_only_where_they_are_added(
     ours: Preprocessor,
 ) -> None:
-    plain = ours.num_tokens(ours.prepare(sample((112, 112))))
+    plain = len(ours.prepare(sample((112, 112))).prompt_ids)
     tight = Preprocessor(MODEL, MIN_PIXELS, MAX_PIXELS, plain)
-    assert tight.length_problem(sample((112, 112)), prompt_pool=False) is None
-    problem = tight.length_problem(sample((112, 112)), prompt_pool=True)
-    assert problem is not None
-    assert problem.endswith(f"data.max_prompt_tokens is {plain}")
-    assert tight.length_problem(sample((112, 112), verifier="detection"), prompt_pool=True) is None
+    assert tight.prompt_lengths([sample((112, 112))], prompt_pool=False) == [plain]
+    (problem,) = tight.prompt_lengths([sample((112, 112))], prompt_pool=True)
+    assert str(problem).endswith(f"data.max_prompt_tokens is {plain}")
+    assert tight.prompt_lengths([sample((112, 112), verifier="detection")], prompt_pool=True) == [plain]
+
+
+def test_lengths_of_many_prompts_are_those_of_each_and_a_bad_one_changes_no_other(ours: Preprocessor) -> None:
+    samples = [sample((84, 84)), sample((84, 84), text="no marker"), sample(text="What?"), sample((28, 200), (112, 84))]
+    lengths = ours.prompt_lengths(samples, prompt_pool=False)
+    good = [number for number in range(4) if number != 1]
+    assert [lengths[number] for number in good] == [len(ours.prepare(samples[number]).prompt_ids) for number in good]
+    assert "0 <image> markers for 1 images" in str(lengths[1])
+    assert ours.prompt_lengths([], prompt_pool=True) == []
 
 
 def test_only_mathverify_samples_with_a_seed_get_a_sentence_of_the_pool(ours: Preprocessor) -> None:
@@ -148,14 +161,14 @@ def test_only_mathverify_samples_with_a_seed_get_a_sentence_of_the_pool(ours: Pr
 def test_a_pad_written_in_the_data_is_refused(ours: Preprocessor, text: str) -> None:
     with pytest.raises(DataError, match="must not contain"):
         ours.prepare(sample((84, 84), text=text))
-    assert ours.length_problem(sample((84, 84), text=text), prompt_pool=False) is not None
+    assert "must not contain" in str(ours.prompt_lengths([sample((84, 84), text=text)], prompt_pool=False)[0])
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", encoded(80, 80)[:400], encoded(80, 80, kind="JPEG")[:900]])
 def test_a_broken_image_is_named(ours: Preprocessor, data: bytes) -> None:
     broken = Sample(7, "digits", [Turn("user", "<image>")], [data], RewardSpec(), "", "id-7")
-    with pytest.raises(DataError, match=r"row 7 \(sample 'id-7' of digits\): images\[0\] cannot be decoded"):
-        ours.prepare(broken)
+    with pytest.raises(DataError, match=r"row 7 \(sample 'id-7' of digits\): images\[0\] (cannot be decoded|is empty)"):
+        assert ours.prepare(broken).images
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
@@ -164,6 +177,36 @@ def test_every_colour_mode_becomes_rgb(ours: Preprocessor, mode: str) -> None:
     Image.open(io.BytesIO(encoded(84, 84))).convert(mode).save(out, "TIFF" if mode == "CMYK" else "PNG")
     prompt = ours.prepare(Sample(0, "s", [Turn("user", "<image>")], [out.getvalue()], RewardSpec(), "", ""))
     assert (prompt.images[0].mode, prompt.images[0].size) == ("RGB", (84, 84))
+
+
+EXIF = Image.Exif()
+EXIF[274] = 6
+LEFT_DARK = np.repeat(np.repeat([[0.0, 0.0, 1.0, 1.0]], 84, 0), 28, 1)
+"""84 rows, 112 columns: the left half black, the right half white."""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved((LEFT_DARK * 65535).astype(np.uint16)),
+        saved((LEFT_DARK * 65535).astype(np.uint16), "TIFF"),
+        saved(LEFT_DARK.astype(np.float32), "TIFF"),
+        saved(np.rot90(LEFT_DARK * 255).astype(np.uint8), "JPEG", exif=EXIF),
+        saved(np.dstack([LEFT_DARK * 0, LEFT_DARK * 0, LEFT_DARK * 0, 255 - LEFT_DARK * 255]).astype(np.uint8)),
+    ],
+    ids=["PNG of 16 bits", "TIFF of 16 bits", "TIFF of floats", "turned photo", "transparent pixels"],
+)
+def test_the_model_sees_a_picture_as_a_person_does(ours: Preprocessor, data: bytes) -> None:
+    prompt = ours.prepare(Sample(0, "s", [Turn("user", "<image>")], [data], RewardSpec(), "", ""))
+    assert prompt.image_sizes[0].original == prompt.images[0].size == (112, 84)
+    np.testing.assert_allclose(np.asarray(prompt.images[0])[..., 0], LEFT_DARK * 255, atol=6)
+
+
+def test_a_prompt_tells_each_images_size_in_the_data_and_as_the_model_sees_it(ours: Preprocessor) -> None:
+    prompt = ours.prepare(sample((84, 84), (300, 200), text="<image><image>"))
+    assert [size.original for size in prompt.image_sizes] == [(84, 84), (300, 200)]
+    assert [size.resized for size in prompt.image_sizes] == [image.size for image in prompt.images]
+    assert prompt.image_sizes[1].resized != (300, 200)
 
 
 def test_an_image_too_long_for_the_model_is_refused(ours: Preprocessor) -> None:
@@ -230,8 +273,8 @@ def test_a_text_only_model_takes_text_and_refuses_images(tmp_path: Path) -> None
     )
     textual = Preprocessor(folder, MIN_PIXELS, MAX_PIXELS, 512)
     prompt = textual.prepare(sample())
-    assert (textual.features(prompt).pixel_values.shape, textual.mm_processor_kwargs()) == ((0, 0), {})
-    assert textual.length_problem(sample((56, 56)), prompt_pool=False) is not None
+    assert (prompt.pixel_values.shape, textual.mm_processor_kwargs()) == ((0, 0), {})
+    assert "is no vision model" in str(textual.prompt_lengths([sample((56, 56))], prompt_pool=False)[0])
     with pytest.raises(DataError, match="is no vision model"):
         textual.prepare(sample((56, 56)))
 
@@ -254,7 +297,7 @@ def test_sizes_on_the_patch_grid_are_those_of_transformers(
 
 def test_importing_the_data_package_loads_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, vtriune.data.store, vtriune.data.processing, vtriune.data.validate, vtriune.data.loader, vtriune.data.archive;"
+        "import sys, vtriune.data.store, vtriune.data.processing, vtriune.data.validate, vtriune.data.loader, vtriune.record.archive;"
         "print(sorted({'torch', 'transformers', 'numba', 'sympy', 'wandb'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

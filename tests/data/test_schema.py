@@ -1,15 +1,19 @@
 """The row schema: columns, file names, what a row turns into."""
 
+import base64
+import json
 import re
 from pathlib import Path
 
 import hypothesis.strategies as st
+import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 
-from tests.data.rows import DETECTION_PARM, row
+from tests.data.rows import DETECTION_PARM, encoded, row
 from vtriune.data.schema import (
     PARQUET_SCHEMA,
     DataError,
@@ -47,19 +51,23 @@ def test_a_file_name_of_another_form_means_nothing(name: str) -> None:
     assert parse_file_name(f"{name}.parquet") is None
 
 
-@pytest.mark.parametrize("column", PARQUET_SCHEMA.names)
+@pytest.mark.parametrize("column", ["data_source", "images", "prompt", "reward_model"])
 def test_a_missing_column_is_named_with_its_file(column: str) -> None:
     schema = PARQUET_SCHEMA.remove(PARQUET_SCHEMA.get_field_index(column))
     with pytest.raises(DataError, match=rf"data\.parquet: column `{column}` is missing"):
         check_columns(schema, "data.parquet")
+    check_columns(schema, "data.parquet", {column})
+
+
+@pytest.mark.parametrize("column", ["ability", "extra_info"])
+def test_columns_that_nothing_depends_on_may_be_missing(column: str) -> None:
+    check_columns(PARQUET_SCHEMA.remove(PARQUET_SCHEMA.get_field_index(column)), "data.parquet")
 
 
 def test_a_missing_field_and_a_wrong_type_are_named_together() -> None:
-    schema = PARQUET_SCHEMA.set(1, pa.field("images", pa.binary()))
+    schema = PARQUET_SCHEMA.set(1, pa.field("images", pa.int8()))
     schema = schema.set(4, pa.field("reward_model", pa.struct([("answer", pa.string()), ("verifier", pa.string())])))
-    with pytest.raises(
-        DataError, match=r"`images` is binary, not a list.*`reward_model` lacks the field `ground_truth`"
-    ):
+    with pytest.raises(DataError, match=r"`images` is int8, not a list.*`reward_model` lacks the field `ground_truth`"):
         check_columns(schema, "data.parquet")
 
 
@@ -126,3 +134,83 @@ def test_a_float64_that_is_no_float32_is_left_alone(value: float) -> None:
 
 def test_nulls_are_dropped_at_every_depth() -> None:
     assert without_nulls({"a": None, "b": {"c": None}, "d": [{"e": None, "f": 0}]}) == {"d": [{"f": 0}]}
+
+
+PICTURE = encoded(40, 40, 3)
+TEXT = "<image>What is number 3?"
+SAME_ROW: dict[str, dict[str, object]] = {
+    "a prompt that is text": {"prompt": TEXT},
+    "turns as JSON": {"prompt": json.dumps([{"role": "user", "content": TEXT}])},
+    "content parts": {
+        "prompt": [
+            {
+                "role": "user",
+                "content": [{"type": "image", "text": None}, {"type": "text", "text": "What is number 3?"}],
+            }
+        ]
+    },
+    "bytes alone": {"images": [PICTURE]},
+    "a single picture": {"images": {"bytes": PICTURE, "path": None}},
+    "a single picture's bytes": {"images": PICTURE},
+    "base64": {"images": [base64.b64encode(PICTURE).decode()]},
+    "a data: address": {"images": ["data:image/png;base64," + base64.b64encode(PICTURE).decode()]},
+    "base64 in the struct": {"images": [{"bytes": base64.b64encode(PICTURE).decode(), "path": None}]},
+    "a gold that is an int": {"answer": 3},
+    "parameters as JSON": {"verifier_parm": "{}"},
+    "no parameters as JSON": {"verifier_parm": "null"},
+}
+
+
+@pytest.mark.parametrize("form", SAME_ROW)
+def test_a_form_that_can_mean_one_thing_only_is_that_row(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "form.parquet"
+    pq.write_table(pa.Table.from_pylist([row(3, **SAME_ROW[form])]), path)
+    check_columns(pq.read_schema(path), path)
+    sample, problems = parse_row(pq.read_table(path).to_pylist()[0])
+    assert problems == []
+    assert sample is not None
+    usual, _ = parse_row(row(3))
+    assert usual is not None
+    assert msgspec.structs.replace(sample, reward=usual.reward) == usual
+    assert (sample.reward.answer, sample.reward.gold) == ("3", "\\boxed{3}")
+    assert not sample.reward.verifier_parm
+
+
+def test_parameters_as_json_are_those_parameters() -> None:
+    as_json, as_struct = (
+        parse_row(row(3, verifier="detection", verifier_parm=parm))[0]
+        for parm in (json.dumps(DETECTION_PARM), DETECTION_PARM)
+    )
+    assert as_json is not None
+    assert as_json == as_struct
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"prompt": [{"role": "system", "content": "<image>"}, {"role": "user", "content": "?"}]},
+            r"prompt\[0\] of 'system' holds <image>; only a turn of 'user' shows pictures",
+        ),
+        (
+            {"prompt": [{"role": "tool", "content": "7"}, {"role": "user", "content": "<image>"}]},
+            r"prompt\[0\] is a turn of 'tool'; write what it says",
+        ),
+        ({"prompt": [{"role": "user", "content": "<video>"}]}, r"prompt\[0\] holds <video>.*not read"),
+        ({"prompt": [{"role": "user", "content": "<image 1>"}]}, r"prompt\[0\] holds <image 1>.*write <image> where"),
+        ({"prompt": [{"role": "user", "content": "<image_2>"}]}, r"prompt\[0\] holds <image_2>"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "video", "text": None}]}]},
+            r"prompt\[0\] has role 'user' and content \[.*pictures in the column `images`",
+        ),
+        ({"images": ["photos/a.png"]}, r"images\[0\] has no bytes \(path 'photos/a.png'\); embed"),
+        ({"images": ["https://a.org/a.png"]}, r"images\[0\] has no bytes .*; embed"),
+        ({"verifier_parm": "{"}, r"verifier_parm is text that is no JSON object"),
+        ({"verifier_parm": "[1]"}, r"verifier_parm, as JSON: Expected `object"),
+        ({"ground_truth": True}, r"reward_model: Expected `str`, got `bool`"),
+    ],
+)
+def test_a_form_that_cannot_be_taken_is_refused_with_the_way_on(changes: dict[str, object], reason: str) -> None:
+    sample, problems = parse_row(row(**changes))
+    assert sample is None
+    assert re.search(reason, "; ".join(problems)), problems

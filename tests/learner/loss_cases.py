@@ -1,9 +1,9 @@
-"""The tensors that our losses and TRL's are compared on; read by the tests and by `bench.trl_losses`."""
+"""The tensors that our losses and TRL's are compared on; read by the tests and by `tests.learner.record_trl_losses`."""
 
 import numpy as np
 import torch
 
-from learner.losses import Tokens
+from learner.batch.tokens import Tokens
 
 LOW, HIGH, MAX_TOKENS = 0.2, 0.28, 32
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.advantages import advantages
+from learner.batch.advantages import advantages
 from learner.learner import Learner, Update
-from learner.policy import Policy
-from learner.tally import Tally
+from learner.model.policy import Policy
+from learner.training_metrics import TrainingMetrics
 from tests.learner import oracle
 from tests.learner.worlds import World, config_with
 from vtriune.messages import ScoredGroup, TrainOrder
@@ -20,33 +20,39 @@ Scores = dict[tuple[int, int], tuple[Tensor, Tensor]]
 
 
 def order_of(groups: Sequence[ScoredGroup], **changes: Any) -> TrainOrder:
-    """All groups in one on-policy update."""
-    ids = [group.group.lease.group_id for group in groups]
+    """All groups in one on-policy update; each update is a tenth of the run."""
+    updates = changes.get("updates", [[group.group.lease.group_id for group in groups]])
     keys: dict[str, Any] = {
-        "version": 0, "updates": [ids], "max_staleness": 0, "correction": "none", "first_update": 0, "num_updates_total": 10,
+        "version": 0, "updates": updates, "mode": "on_policy", "bound": 0, "max_staleness": 0, "correction": "none",
+        "progress": [index / 10 for index in range(len(updates) + 1)],
     }  # fmt: skip
     return TrainOrder(**{**keys, **changes})
 
 
 def prepared(
     policy: Policy, world: World, groups: Sequence[ScoredGroup], **sections: dict[str, Any]
-) -> tuple[Learner, Update, TrainOrder, Tally]:
+) -> tuple[Learner, Update, TrainOrder, TrainingMetrics]:
     """A learner that is about to run one update; sections override the configuration."""
     learner = Learner(config_with(**sections), policy, world)
     order = order_of(groups)
     for group in groups:
         learner.deliver(group)
-    tally = Tally(sorted({group.source for group in groups}))
-    return learner, learner._prepare(learner.inbox.take(order.updates[0], order.attempts), order, tally), order, tally
+    metrics = TrainingMetrics(sorted({group.source for group in groups}))
+    return (
+        learner,
+        learner._prepare(learner.inbox.take(order.updates[0], order.attempts), order, metrics),
+        order,
+        metrics,
+    )
 
 
 @torch.no_grad()
 def scores_of(learner: Learner, update: Update) -> Scores:
     """Forward only."""
     scores: Scores = {}
-    for micro in (*update.graded, *update.observed):
-        assert not micro.is_dummy
-        logprobs, entropy = learner._forward(micro, update)
+    for micro in update.micro_batches:
+        assert micro.examples
+        logprobs, entropy = learner.policy(micro.inputs, *learner._vision(micro, update))
         chosen = [
             (item.group_id, index)
             for piece, item in zip(micro.pack.pieces, micro.examples, strict=True)
@@ -62,10 +68,10 @@ def our_update(
     policy: Policy, world: World, groups: Sequence[ScoredGroup], **sections: dict[str, Any]
 ) -> tuple[Scores, Gradients]:
     """Scores and gradients of one update by the learner."""
-    learner, update, order, tally = prepared(policy, world, groups, **sections)
+    learner, update, order, metrics = prepared(policy, world, groups, **sections)
     scores = scores_of(learner, update)
     policy.zero_grad()
-    learner._accumulate(update, order, tally, None)
+    learner._accumulate(update, order, metrics)
     return scores, gradients_of(policy.model)
 
 

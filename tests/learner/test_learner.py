@@ -1,5 +1,6 @@
 """What one training call does: exactly-once consumption, masks, staleness, corrections, metrics."""
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from learner.examples import DeliveryError, StaleTrajectory, example
+from learner import learner as module
+from learner.batch.examples import DeliveryError, StaleTrajectory, example
+from learner.batch.microbatch import micro_batch
+from learner.batch.plan import plan
+from learner.batch.prompts import PromptMismatch
 from learner.learner import Learner
-from learner.prompts import PromptMismatch
+from learner.optimizer import StepResult
 from tests.learner import runs, worlds
-from vtriune.messages import SampleRef, ScoredGroup, VersionSpan
+from vtriune.messages import SampleRef, ScoredGroup, TrainOrder, VersionSpan
 
 replace = msgspec.structs.replace
 
@@ -92,6 +97,8 @@ def test_stale_tokens_are_corrected_by_the_recomputed_policy(folder: Path, corre
     learner = a_learner(folder, world)
     metrics = trained(learner, stale, version=2, max_staleness=2, correction=correction)
     assert (metrics["staleness/max"], metrics["staleness/mean"], metrics["mismatch/tokens"]) == (2, 2, 0)
+    assert not metrics.keys() & {"mismatch/max_abs", "mismatch/p95", "mismatch/outside_0.1"}, "nothing was measured"
+    assert "kl/reference" not in metrics
     if correction == "none":
         assert metrics["ratio/max"] > 1.01
     else:
@@ -117,6 +124,69 @@ def test_every_update_of_a_batch_is_measured_against_the_policy_at_its_start(fol
     torch.testing.assert_close(spied[-1].sort().values, expected.sort().values, rtol=1e-5, atol=1e-5)
     assert metrics["ratio/max"] > 1.001
     assert metrics["updates/done"] == 2
+
+
+def test_each_micro_batch_of_each_pass_is_a_step_that_is_told_before_it_begins(
+    folder: Path, told: list[tuple[str, str]]
+) -> None:
+    world, groups = a_world()
+    learner = a_learner(folder, world, optimizer={"token_budget": 40})
+    num_told: list[int] = []
+    learner.policy.register_forward_hook(lambda *_: num_told.append(sum(work == "training" for work, _ in told)))
+    trained(learner, groups, updates=[[0, 1, 2], [3, 4, 5]])
+    assert len(num_told) > 8
+    assert num_told == sorted(set(num_told)), "something was told before each forward pass"
+    steps = [step for work, step in told if work == "training"]
+    assert steps[0].startswith("log-probs before any update, micro-batch 1 of ")
+    assert steps[-2:] == ["micro-batch {0} of {0}".format(steps[-2].split()[-1]), "the optimizer's step"]
+    assert [step for work, step in told if work == "update"] == ["1 of 2 from version 0", "2 of 2 from version 0"]
+    assert {"group 0, row 0", "group 5, row 5"} <= {step for work, step in told if work == "prompts"}
+    assert sum(work == "image features" for work, _ in told) == 4, "each sample with an image, once"
+
+
+@pytest.mark.parametrize("frozen", [("vit", "connector"), ()], ids=["frozen_tower", "trained_tower"])
+def test_every_update_is_planned_and_packed_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, frozen: tuple[str, ...]
+) -> None:
+    world, groups = a_world()
+    flat = [replace(groups[5], verdicts=[replace(v, reward=0.5) for v in groups[5].verdicts])]
+    calls: list[Any] = []
+    for function in (plan, micro_batch):
+
+        def counted(*arguments: Any, function: Any = function, **rest: Any) -> Any:
+            calls.append(function)
+            return function(*arguments, **rest)
+
+        monkeypatch.setattr(module, function.__name__, counted)
+    policy = worlds.make_policy(folder, freeze=frozen)
+    learner = Learner(worlds.config_with(model={"freeze": list(frozen)}), policy, world)
+    metrics = trained(learner, groups[:5] + flat, updates=[[0, 1], [2, 3], [4, 5]])
+    assert metrics["updates/done"] == 3
+    # One for what has a gradient in each update, and one for the group that is only observed.
+    assert (calls.count(plan), calls.count(micro_batch)) == (4, 4)
+
+
+def test_image_features_are_held_by_one_update_at_a_time(folder: Path) -> None:
+    world, groups = a_world()
+    learner = a_learner(folder, world)
+    learner.prompts._cache_bytes = 0
+    encoded: list[weakref.ref[torch.Tensor]] = []
+    original, step = learner.prompts.encode, learner.optimizer.step
+
+    def encode(*arguments: Any) -> dict[SampleRef, torch.Tensor]:
+        found = original(*arguments)
+        encoded.extend(weakref.ref(tensor) for tensor in found.values())
+        return found
+
+    def counted_step(*arguments: Any) -> StepResult:
+        num_alive.append(sum(reference() is not None for reference in encoded))
+        return step(*arguments)
+
+    num_alive: list[int] = []
+    learner.prompts.encode, learner.optimizer.step = encode, counted_step  # type: ignore[method-assign]
+    trained(learner, groups, updates=[[0, 1], [2, 3], [4, 5]])
+    has_images = [bool(len(features.image_grid_thw)) for features in world.features]
+    assert num_alive == [sum(has_images[i : i + 2]) for i in (0, 2, 4)]
 
 
 def test_a_faulty_verdict_is_masked_out_of_mean_gradient_and_denominator(folder: Path) -> None:
@@ -152,6 +222,17 @@ def test_an_update_in_which_nothing_counts_changes_nothing(folder: Path) -> None
     before = weights(learner)
     metrics = trained(learner, [with_statuses(g, ["fault"] * 4) for g in groups])
     assert metrics["updates/empty"] == 1
+    assert equal(before, weights(learner))
+    counts = ("updates/", "groups/", "time/", "tokens/", "packing/rows", "mismatch/tokens")
+    assert [key for key in metrics if not key.startswith(counts)] == [], "a mean or maximum over nothing"
+
+
+def test_a_batch_of_which_a_filter_left_nothing_changes_nothing(folder: Path) -> None:
+    world, _ = a_world(2)
+    learner = a_learner(folder, world)
+    before = weights(learner)
+    report = learner.train(TrainOrder(0, [], "on_policy", 0, 0, "none", [1.0]))
+    assert report.metrics["updates/empty"] == 0
     assert equal(before, weights(learner))
 
 
@@ -231,7 +312,7 @@ def test_duplicates_are_dropped_and_counted_before_and_after_training(folder: Pa
         learner.train(runs.order_of(groups))
 
 
-@pytest.mark.parametrize("fault", ["spans", "logprobs", "infinite", "image_pad", "verdicts"])
+@pytest.mark.parametrize("fault", ["spans", "logprobs", "infinite", "image_pad", "verdicts", "prompt", "completion"])
 def test_a_malformed_group_is_refused_by_name(fault: str) -> None:
     _, groups = a_world(1)
     group = groups[0]
@@ -241,12 +322,17 @@ def test_a_malformed_group_is_refused_by_name(fault: str) -> None:
         "logprobs": replace(first, logprobs=first.logprobs[:-1]),
         "infinite": replace(first, logprobs=np.full_like(first.logprobs, -np.inf)),
         "image_pad": replace(first, token_ids=np.full_like(first.token_ids, worlds.IMAGE)),
-        "verdicts": first,
-    }[fault]
+        "completion": replace(first, token_ids=first.token_ids[:0], logprobs=first.logprobs[:0], spans=[]),
+    }.get(fault, first)
     verdicts = group.verdicts[1:] if fault == "verdicts" else group.verdicts
+    prompt = group.group.prompt_ids[:0] if fault == "prompt" else group.group.prompt_ids
     with pytest.raises(DeliveryError, match="group 0 of source_0"):
         example(
-            replace(group, group=replace(group.group, trajectories=[broken, *rest]), verdicts=verdicts),
+            replace(
+                group,
+                group=replace(group.group, prompt_ids=prompt, trajectories=[broken, *rest]),
+                verdicts=verdicts,
+            ),
             scale_by_std=True,
             blocked_ids=[worlds.IMAGE, worlds.VIDEO],
         )

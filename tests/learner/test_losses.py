@@ -1,6 +1,6 @@
 """Losses against independent statements in float64, and token-level ones against TRL on the same tensors.
 
-`trl_losses.json` holds the values of TRL's `GRPOTrainer._compute_loss`; `python -m bench.trl_losses` records it again.
+`trl_losses.json` holds the values of TRL's `GRPOTrainer._compute_loss`; `python -m tests.learner.record_trl_losses` records it again.
 """
 
 import json
@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.advantages import advantages
-from learner.losses import LOSSES, Clip, Tokens, correction_weight, denominator, kl_penalty, old_logprobs
+from learner.batch.advantages import advantages
+from learner.batch.tokens import Tokens
+from learner.losses import LOSSES, Clip, correction_weight, denominator, kl_penalty, old_logprobs
 from tests.learner.loss_cases import HIGH, LOW, MAX_TOKENS, tokens
 
 CAP = 2.0

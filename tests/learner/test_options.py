@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-from learner import model as module
 from learner.learner import Learner
+from learner.model import build as module
 from tests.learner import ranks_program as program
 from tests.learner import runs, worlds
 from vtriune.config.tree import Model

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from learner import state
+from learner import checkpointing
 from tests.learner import oracle, runs, worlds
 from tests.learner import ranks_program as program
 
@@ -19,7 +19,7 @@ def one(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
     folder = tmp_path_factory.mktemp("one")
     learner, groups = program.a_learner(models["qwen2_5_vl"], None)
     reports = program.steps(learner, groups, 0, 2)
-    state.save(learner, folder / "from_one_rank")
+    checkpointing.begin_save(learner, folder / "from_one_rank").wait()
     middle = program.parameters_of(learner)
     reports += program.steps(learner, groups, 2, 2)
     return {"folder": folder, "reports": reports, "middle": middle, "end": program.parameters_of(learner)}
@@ -28,7 +28,7 @@ def one(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture(scope="module")
 def two(models: dict[str, Path], one: dict[str, Any]) -> dict[str, Any]:
     """What two ranks found; they run once for the module."""
-    return program.run(2, models["qwen2_5_vl"], one["folder"])
+    return program.run(program.everything, 2, models["qwen2_5_vl"], one["folder"])
 
 
 @pytest.mark.parametrize("name", sorted(program.scenarios()))
@@ -52,7 +52,7 @@ def test_two_ranks_hold_what_from_pretrained_loads_and_each_read_its_half(
     assert found["values"].keys() == theirs.keys()
     for name, value in theirs.items():
         assert torch.equal(found["values"][name], value), name
-    assert found["blocked"].tolist() == [4]
+    assert found["blocked"].tolist() == ([] if kind == "qwen3" else [worlds.IMAGE, worlds.VIDEO])
     assert found["read"] <= 0.55 * found["total"]
 
 
@@ -71,6 +71,20 @@ def test_the_scenarios_put_images_on_one_rank_only(models: dict[str, Path]) -> N
             ]
         )
     assert owners == [[True], [False]]
+
+
+def test_two_ranks_with_a_reference_finish_also_with_one_that_has_no_work_and_measure_the_kl_of_one_rank(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    double = program.run(program.kl_reports, 2, models["qwen2_5_vl"], tmp_path, deadline_s=150)
+    single = program.kl_reports(None, models["qwen2_5_vl"], tmp_path)
+    assert double.keys() == single.keys()
+    for name, reports in single.items():
+        # Equal models at first, different ones after a step.
+        assert [double[name][0]["kl/reference"], reports[0]["kl/reference"]] == [0, 0], name
+        assert reports[1]["kl/reference"] > 1e-4, name
+        for key in ("kl/reference", "loss", "grad_norm"):
+            assert double[name][1][key] == pytest.approx(reports[1][key], rel=1e-3), (name, key)
 
 
 def test_metrics_are_those_of_one_rank(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -98,7 +112,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_and_goes_on_as_two_would(
     models: dict[str, Path], one: dict[str, Any], two: dict[str, Any]
 ) -> None:
     learner, groups = program.a_learner(models["qwen2_5_vl"], None)
-    state.load(learner, one["folder"] / "checkpoint")
+    checkpointing.load(learner, one["folder"] / "checkpoint")
     assert all(torch.equal(two["middle"][name], value) for name, value in program.parameters_of(learner).items())
     program.steps(learner, groups, 2, 2)
     for name, value in program.parameters_of(learner).items():

@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 import torch
 
-from learner.model import load_model
-from learner.policy import Policy
-from verifiers import Verdict
+from learner.model.build import build_policy, materialise
+from learner.model.policy import Policy
+from verifiers import RewardSpec, Verdict
 from vtriune.config import Config
 from vtriune.config.tree import Model
-from vtriune.messages import Group, Lease, SampleRef, Sampling, ScoredGroup, Trajectory, VersionSpan
+from vtriune.messages import Group, Lease, SampleHeader, SampleRef, Sampling, ScoredGroup, Trajectory, VersionSpan
 
 IMAGE, VIDEO, START, END, VOCAB = 4, 5, 2, 3, 96
 
@@ -63,10 +63,10 @@ def write_model(
 
 def make_policy(folder: Path, *, freeze: tuple[str, ...] = (), temperature: float = 1.0, **settings: Any) -> Policy:
     """An unsharded policy on the CPU, image and video pads blocked where the family has them."""
-    model, family = load_model(
-        Model(path=str(folder), dtype="float32", freeze=list(freeze), **settings), torch.device("cpu")
-    )  # type: ignore[arg-type]
-    return Policy(model, family, temperature=temperature, blocked_ids=[] if family.visual is None else [IMAGE, VIDEO])
+    section = Model(path=str(folder), dtype="float32", freeze=list(freeze), **settings)  # type: ignore[arg-type]
+    policy = build_policy(section, torch.device("cpu"), temperature=temperature)
+    materialise(policy, section, torch.device("cpu"))
+    return policy
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,17 @@ def scored_group(
         Trajectory(r.astype(np.int32), lp.astype(np.float32), [VersionSpan(version, len(r))], "stop", "")
         for r, lp in zip(responses, logprobs, strict=True)
     ]
-    lease = Lease(group_id, 0, SampleRef("world", row), len(responses), Sampling())
+    lease = Lease(
+        group_id,
+        0,
+        SampleRef("world", row),
+        SampleHeader(source, RewardSpec(), "", "", row),
+        len(responses),
+        Sampling(),
+    )
     statuses = statuses or ["ok"] * len(responses)
     return ScoredGroup(
         Group(lease, prompt_ids, trajectories, 0),
-        source,
         [verdict(x, s) for x, s in zip(rewards, statuses, strict=True)],
     )
 

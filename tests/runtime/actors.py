@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import locale
+import logging
 import os
 import signal
 import sys
@@ -23,6 +25,7 @@ from vtriune.runtime import (
     current_rank,
     current_size,
     endpoint,
+    report_step,
     this_host,
 )
 
@@ -42,6 +45,13 @@ class Echo(Actor):
     @endpoint
     async def greet(self, name: str) -> str:
         return f"{self.greeting} {name}"
+
+    @endpoint
+    async def say(self, text: str) -> str:
+        """Print and log it; returns how files are read and written here that nobody names an encoding for."""
+        print(text, "\udcff")
+        logging.warning(text)
+        return locale.getpreferredencoding(False).lower()
 
     @endpoint
     async def ping(self, x: int) -> int:
@@ -79,6 +89,13 @@ class Echo(Actor):
         return "let go"
 
     @endpoint
+    def toil(self, num_steps: int, seconds: float, within_s: float = 0.0) -> None:
+        """Tells of each step, then takes `seconds` over it."""
+        for number in range(num_steps):
+            report_step("toil", f"step {number + 1} of {num_steps}", within_s)
+            time.sleep(seconds)
+
+    @endpoint
     async def note(self, mark: int) -> None:
         self.log.append(mark)
 
@@ -108,7 +125,8 @@ class Echo(Actor):
 
     @endpoint
     async def time_left(self) -> float | None:
-        return context.time_left_s()
+        end = context.call_end.get()
+        return None if end is None else end - time.monotonic()
 
     @endpoint
     async def fail(self, text: str) -> None:
@@ -154,6 +172,94 @@ class Fragile(Actor):
     @endpoint
     async def ping(self) -> int:
         return 1
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("this error has no text")
+
+
+class Garbled(Exception):
+    def __str__(self) -> str:
+        return "no such file: \udcff"
+
+
+class Fatal(RuntimeError):
+    kind = "fatal"
+
+
+class RenamedFatal(Fatal):
+    """Declares nothing; its base does."""
+
+
+class BrokenEngine(RuntimeError):
+    kind = "engine"
+
+
+class Elsewhere(RuntimeError):
+    kind = "bystander"
+
+
+class OtherUse(RuntimeError):
+    """A library's error that has an attribute of that name for purposes of its own."""
+
+    kind = "socket"
+
+
+class NoException(BaseException):
+    """As libraries have some: torch's of a checkpoint, that of a panic in Rust."""
+
+
+class Faulty(Actor):
+    """Raises what it is told to, itself or through another one."""
+
+    def __init__(self, how: str = "") -> None:
+        if how:
+            raise made(how)
+
+    @endpoint
+    async def fail(self, how: str) -> None:
+        raise made(how)
+
+    @endpoint
+    def fail_on_its_thread(self, how: str) -> None:
+        raise made(how)
+
+    @endpoint
+    async def ask(self, other: Faulty, how: str) -> None:
+        await other.fail.call_one(how)
+
+    @endpoint
+    async def ask_and_wrap(self, other: Faulty, how: str) -> None:
+        try:
+            await other.fail.call_one(how)
+        except Exception as error:
+            raise RuntimeError("while asking") from error
+
+
+def made(how: str) -> BaseException:
+    """An error described by class names: `A`, `A from B`, `group of A B`."""
+    named = {
+        cls.__name__: cls
+        for cls in (
+            Mute,
+            Garbled,
+            Fatal,
+            RenamedFatal,
+            BrokenEngine,
+            Elsewhere,
+            OtherUse,
+            ValueError,
+            NoException,
+            SystemExit,
+        )
+    }
+    if how.startswith("group of "):
+        return ExceptionGroup("several", [named[name]("in a group") for name in how.split()[2:]])  # type: ignore[type-var]
+    raised, _, cause = how.partition(" from ")
+    error = named[raised]("raised")
+    error.__cause__ = error if cause == "itself" else named[cause]("its cause") if cause else None
+    return error
 
 
 class Owner(Actor):
@@ -240,6 +346,14 @@ class TidyAtOnce(Actor):
 
     def __cleanup__(self, error: Exception | None) -> None:
         self.path.write_text(f"cleaned up, error {error}")
+
+
+class TidyAfterAWhile(TidyAtOnce):
+    """Takes its time to be constructed."""
+
+    def __init__(self, path: str) -> None:
+        time.sleep(0.5)
+        super().__init__(path)
 
 
 class Namer(Actor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.runtime.actors import Echo, Fragile, Group, Relay
+from tests.runtime.actors import Echo, Faulty, Fragile, Group, Relay
 from vtriune.runtime import (
     ActorError,
     DeadlineExceeded,
@@ -148,6 +149,69 @@ def test_a_remote_exception_arrives_with_its_traceback(echo: Echo) -> None:
     assert error.text == "out of cheese"
     assert "echo.fail at calls rank 1" in str(error)
     assert "raise ValueError(text)" in str(error)
+
+
+@pytest.fixture(scope="module")
+def faulty(procs: ProcMesh) -> Faulty:
+    return procs.spawn("faulty", Faulty)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ("ValueError", "lease"),
+        ("OtherUse", "lease"),
+        ("Fatal", "fatal"),
+        ("RenamedFatal", "fatal"),
+        ("BrokenEngine", "engine"),
+        ("Elsewhere", "bystander"),
+        ("ValueError from RenamedFatal", "fatal"),
+        ("Elsewhere from Fatal", "bystander"),
+        ("ValueError from itself", "lease"),
+        ("group of Elsewhere ValueError", "lease"),
+        ("group of ValueError RenamedFatal BrokenEngine", "fatal"),
+    ],
+)
+def test_an_error_arrives_with_the_kind_that_it_its_bases_or_its_causes_declare(
+    faulty: Faulty, how: str, kind: str
+) -> None:
+    error = faulty.slice(procs=0).fail.call_one(how).exception(WAIT_S)
+    assert getattr(error, "kind", None) == kind
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [("RenamedFatal", "fatal"), ("BrokenEngine", "lease"), ("Elsewhere", "lease"), ("ValueError", "lease")],
+)
+def test_what_ends_the_run_passes_through_other_actors_and_what_speaks_of_its_raiser_does_not(
+    faulty: Faulty, how: str, kind: str
+) -> None:
+    near, far = faulty.slice(procs=0), faulty.slice(procs=1)
+    errors = [call.call_one(far, how).exception(WAIT_S) for call in (near.ask, near.ask_and_wrap)]
+    assert [getattr(error, "kind", None) for error in errors] == [kind, kind]
+
+
+@pytest.mark.parametrize("how", ["Mute", "Garbled"])
+def test_an_exception_whose_text_cannot_be_made_or_encoded_still_ends_the_call(faulty: Faulty, how: str) -> None:
+    call = faulty.slice(procs=0).fail.call_one(how)
+    with contextlib.suppress(TimeoutError):
+        call.exception(timeout=5.0)
+    assert call.done()
+    error = call.exception()
+    assert isinstance(error, ActorError)
+    assert error.type_name == f"tests.runtime.actors.{how}"
+
+
+@pytest.mark.parametrize("how", ["NoException", "SystemExit"])
+def test_what_is_raised_and_is_no_exception_ends_its_call_and_no_other(procs: ProcMesh, how: str) -> None:
+    faulty = procs.spawn("faulty", Faulty).slice(procs=0)
+    born = procs.spawn("born", Faulty, how).slice(procs=0)
+    calls = [fail.call_one(how) for fail in (faulty.fail, faulty.fail_on_its_thread)]
+    calls += [faulty.fail_on_its_thread.call_one("ValueError"), born.initialized]
+    for call in calls:
+        with contextlib.suppress(TimeoutError):
+            call.exception(timeout=2.0)
+    assert [isinstance(call.done() and call.exception(), ActorError) for call in calls] == [True] * 4
 
 
 def test_a_failing_constructor_fails_its_calls_with_the_constructors_traceback(procs: ProcMesh) -> None:

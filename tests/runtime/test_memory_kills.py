@@ -30,8 +30,8 @@ class FakeKernel:
         self.count("vmstat", 7, self.proc)
         self.set_state("S")
 
-    def set_state(self, letter: str) -> None:
-        (self.proc / str(PID) / "stat").write_text(f"{PID} (python (3)) {letter} 1 1 1")
+    def set_state(self, letter: str, flags: int = 0x400000) -> None:
+        (self.proc / str(PID) / "stat").write_text(f"{PID} (python (3)) {letter} 1 1 1 0 -1 {flags} 9")
 
     def place(self, *lines: str) -> None:
         (self.proc / str(PID) / "cgroup").write_text("".join(f"{line}\n" for line in lines))
@@ -102,7 +102,10 @@ def test_a_kill_of_long_ago_does_not_count(kernel: FakeKernel) -> None:
     assert not kills.has_risen(PID, 0.01)
 
 
-def test_a_process_that_moved_is_judged_by_where_it_is_and_a_dead_one_by_where_it_was(kernel: FakeKernel) -> None:
+@pytest.mark.parametrize(("state", "flags"), [("Z", 0x40000C), ("R", 0x400004)], ids=["dead", "on its way out"])
+def test_a_process_that_moved_is_judged_by_where_it_is_and_a_dead_one_by_where_it_was(
+    kernel: FakeKernel, state: str, flags: int
+) -> None:
     kernel.place(*V2)
     kernel.count("job/worker/memory.events", 0)
     kernel.count("small/memory.events", 5)
@@ -111,7 +114,7 @@ def test_a_process_that_moved_is_judged_by_where_it_is_and_a_dead_one_by_where_i
     kernel.place("0::/small")
     kills.sample()
     assert not kills.has_risen(PID, 10.0)
-    kernel.set_state("Z")
+    kernel.set_state(state, flags)
     kernel.place("0::/")
     kills.sample()
     kernel.count("small/memory.events", 6)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.actors import Echo, Hasty, Namer, Tidy, TidyAtOnce
+from tests.runtime.actors import Echo, Hasty, Namer, Tidy, TidyAfterAWhile, TidyAtOnce
 from vtriune.runtime import Extent, HostMesh, MessageRefused, ProcMesh, RestartPolicy, this_host
 from vtriune.runtime.node import this_node
 
@@ -106,6 +106,14 @@ def test_stopping_an_actor_mesh_cleans_up_and_leaves_its_processes(procs: ProcMe
     with pytest.raises(PermissionError, match="only the process that spawned"):
         tidy.slice().stop()
     assert os.path.exists(f"/proc/{one.peers[0].pid}")
+
+
+def test_an_actor_stopped_while_its_constructor_runs_is_cleaned_up_all_the_same(
+    procs: ProcMesh, tmp_path: Path
+) -> None:
+    slow = procs.slice(rows=0, cols=1).spawn("slow", TidyAfterAWhile, str(tmp_path / "slow"))
+    slow.stop().get(timeout=WAIT_S)
+    assert (tmp_path / "slow").read_text() == "cleaned up, error None"
 
 
 def test_stopping_processes_cleans_their_actors_up_and_leaves_no_process_and_no_socket(tmp_path: Path) -> None:

@@ -76,3 +76,10 @@ def test_endpoints_without_a_wire_schema_are_refused_when_declared() -> None:
             @endpoint
             async def stop(self) -> None:  # type: ignore[override]
                 return None
+
+    with pytest.raises(TypeError, match=r"\['to_ref'\] are names of the mesh"):
+
+        class HiddenClash(Actor):
+            @endpoint
+            async def to_ref(self) -> None:
+                return None

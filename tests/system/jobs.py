@@ -1,12 +1,15 @@
 """Runs as subprocesses, for the tests of the whole system."""
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,23 @@ SMALL = [
 
 
 class Job:
-    """One `python -m vtriune.launch` over a file that trains on the digits, with its output in a file."""
+    """One `python -m vtriune.launch` over a file that trains on the digits, with its output in a file unless `streams` say otherwise.
 
-    def __init__(self, folder: Path, *overrides: str, file: str = "examples/digits.yaml") -> None:
-        self.run_folder = folder / "job"
+    env            added to the environment
+    is_controlled  stdin is a terminal, and is to be the job's controlling one
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        file: str = "examples/digits.yaml",
+        run_folder: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        is_controlled: bool = False,
+        **streams: Any,
+    ) -> None:
+        self.run_folder = run_folder or folder / "job"
         self.output = folder / "output.txt"
         command = [
             sys.executable,
@@ -44,7 +60,12 @@ class Job:
         command += [f"data.store={folder.parent / 'stores'}", *SMALL, *overrides]
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+                preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if is_controlled else None,
+                **{"stdin": subprocess.PIPE, "stdout": output, "stderr": subprocess.STDOUT, **streams},
             )
         self.family: dict[int, str] = {}
 
@@ -70,6 +91,17 @@ class Job:
     def pid_of(self, role: str) -> int:
         return next(pid for pid, name in self.family.items() if role in name and psutil.pid_exists(pid))
 
+    def readers_of_stdin(self) -> list[str]:
+        """Which of the job's processes could read what somebody types."""
+        assert self.process.stdin is not None
+        typed = os.readlink(f"/proc/self/fd/{self.process.stdin.fileno()}")
+        found = []
+        for pid, name in {self.process.pid: "controller", **self.family}.items():
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/0") == typed:
+                    found.append(name)
+        return found
+
     def finish(self, timeout_s: float = 240) -> int:
         try:
             return self.process.wait(timeout_s)
@@ -78,20 +110,31 @@ class Job:
             raise AssertionError(f"still running after {timeout_s} s:\n{self.text()}") from None
 
     def text(self) -> str:
-        return self.output.read_text()[-6000:]
+        """What it said; what it logged where nobody listens."""
+        return (self.output.read_text() or self.log())[-10000:]
+
+    def log(self) -> str:
+        path = self.run_folder / "logs" / "controller-0.log"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
 
     def end(self) -> None:
         """Whatever a failed test leaves running."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
 
     def left_behind(self) -> list[int]:
-        return [
-            pid
-            for pid in self.family
-            if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        ]
+        return [pid for pid in self.family if is_alive(pid)]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether such a process runs; one that has ended and is not waited for does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def role_of(process: psutil.Process) -> str:

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.runtime.ray_nodes import add_node, start_head
+from tests.runtime.processes.ray_nodes import add_node, start_head
 from tests.system.jobs import Job
-from vtriune.data import archive
+from vtriune.record import archive
 
 FILE = "examples/ray_2_nodes.yaml"
 START_S = 420
@@ -86,7 +86,9 @@ def test_a_run_starts_where_there_is_room_takes_in_a_node_that_joins_and_goes_on
 
     lines = job.lines()
     assert [line["version"] for line in lines] == list(range(1, len(lines) + 1))
-    assert all(line["mismatch/max_abs"] <= 1e-4 for line in lines)
+    # Absent where nothing was compared: a batch without a token of its learner's version, a publish without a generator.
+    for key in ("mismatch/max_abs", "publish/canary_max_abs"):
+        assert max(line[key] for line in lines if key in line) <= 1e-4
     last = lines[-1]
     assert (last["ledger/consumed"], last["ledger/lost"], last["generators/deaths"]) == (8 * len(lines), 0, 1)
     assert re.findall(r"generator (\d+) died: .*", log_of(job)) == ["1"]

@@ -9,6 +9,8 @@ import pytest
 
 from verifiers import (
     Context,
+    ImageSize,
+    IouStep,
     Outcome,
     RewardOptions,
     RewardSpec,
@@ -23,6 +25,9 @@ from verifiers import (
     validate_spec,
     verifier,
 )
+from verifiers.answers import only_number, read_gold
+from verifiers.pool.frames import Job, decode, encode
+from verifiers.pool.worker import answer
 from verifiers.types import OptionsError
 
 
@@ -40,9 +45,32 @@ def raises(response: str, gold: str, params: registry.NoParams, context: Context
     raise RuntimeError("broken")
 
 
+@verifier("test_number")
+def number(response: str, gold: str, params: registry.NoParams, context: Context) -> Outcome:
+    return Outcome(float(only_number(response) == read_gold(only_number, gold, "number")))
+
+
 @verifier("test_beyond_one")
 def beyond_one(response: str, gold: str, params: registry.NoParams, context: Context) -> Outcome:
     return Outcome(float("nan") if response else 2.0)
+
+
+@verifier("test_sizes")
+def sizes(response: str, gold: str, params: registry.NoParams, context: Context) -> Outcome:
+    return Outcome(1.0, {"width": float(sum(size.resized[0] for size in context.image_sizes))})
+
+
+def test_a_verifier_is_told_the_sizes_of_its_prompts_images_in_process_and_in_a_worker() -> None:
+    specs = [RewardSpec(ground_truth="x", verifier="test_sizes")] * 3
+    given = [[ImageSize((9, 9), (28, 56))], [ImageSize((9, 9), (28, 56)), ImageSize((8, 8), (84, 56))], []]
+    widths = [verdict.components["width"] for verdict in score_batch(["a"] * 3, specs, image_sizes=given)]
+    assert widths == [28.0, 112.0, 0.0]
+    received = decode(encode(Job(1, "a", specs[0], 1.0, tuple(given[1])))[4:], Job)
+    outcome = answer(received, RewardOptions()).outcome
+    assert outcome is not None
+    assert outcome.components == {"width": 112.0}
+    with pytest.raises(ValueError, match="image sizes of 1"):
+        score_batch(["a"] * 3, specs, image_sizes=given[:1])
 
 
 def test_a_function_with_typed_parameters_is_a_verifier() -> None:
@@ -74,6 +102,20 @@ def test_a_verifier_that_raises_faults_its_own_sample_only() -> None:
     verdicts = score_batch(["a", "b", r"\boxed{1}"], specs)
     assert [verdict.status for verdict in verdicts] == ["ok", "fault", "ok"]
     assert verdicts[1].reason == "test_raises: RuntimeError: broken"
+
+
+def test_an_answer_without_what_a_verifier_reads_is_a_bad_answer_and_such_a_gold_a_bad_row() -> None:
+    spec = RewardSpec(ground_truth="7", verifier="test_number")
+    verdict = score("7 or 8", spec)
+    assert (verdict.status, verdict.accuracy, verdict.reason) == (
+        "bad_answer",
+        0.0,
+        "2 different numbers in the answer",
+    )
+    assert score("seven", spec).accuracy == 1.0
+    fault = score("7", RewardSpec(ground_truth="cat", verifier="test_number"))
+    assert fault.status == "fault"
+    assert fault.reason == "bad row: the gold answer 'cat' is no number: no number in the answer"
 
 
 def test_a_score_outside_the_unit_interval_is_a_fault() -> None:
@@ -138,12 +180,14 @@ def test_configured_options_are_the_process_default_and_an_argument_overrides_th
     [
         {"iou_threshold": 0.0},
         {"iou_threshold": 1.5},
+        {"evaluation_threshold": "dynamic"},
         {"iou_schedule": ()},
-        {"iou_schedule": ((0.5, 0.9),)},
-        {"iou_schedule": ((0.5, 0.9), (0.2, 0.9), (1.0, 0.9))},
-        {"iou_schedule": ((1.0, 0.0),)},
+        {"iou_schedule": (IouStep(0.5, 0.9),)},
+        {"iou_schedule": (IouStep(0.5, 0.9), IouStep(0.2, 0.9), IouStep(1.0, 0.9))},
+        {"iou_schedule": (IouStep(1.0, 0.0),)},
         {"numeric_tolerance": 1.0},
         {"max_boxes": 0},
+        {"deadline_s": float("nan")},
     ],
 )
 def test_options_outside_their_range_are_refused_by_name(wrong: dict) -> None:

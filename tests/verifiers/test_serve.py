@@ -5,10 +5,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from fastapi.testclient import TestClient
 
-from verifiers.pool import VerifierPool
+from verifiers import RewardOptions, RewardSpec, score
+from verifiers.pool.pool import VerifierPool
 from verifiers.serve import create_app
 
 CAT = "[{'bbox_2d': [0, 0, 10, 10], 'label': 'cat'}]"
@@ -16,7 +18,7 @@ CAT = "[{'bbox_2d': [0, 0, 10, 10], 'label': 'cat'}]"
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with TestClient(create_app(VerifierPool(1, deadline_s=2.0), "secret")) as client:
+    with TestClient(create_app(VerifierPool(1, RewardOptions(deadline_s=2.0)), "secret")) as client:
         client.headers["authorization"] = "Bearer secret"
         yield client
 
@@ -41,10 +43,25 @@ def test_a_batch_is_scored_in_order(client: TestClient) -> None:
     assert verdicts[1]["components"]["map75"] == 1.0
 
 
+def test_sizes_of_images_come_with_the_request(client: TestClient) -> None:
+    parm = {"det_verifier_normalized": True, "det_reward_ratio": {"map": 1}}
+    asked = {
+        "responses": ["<answer>[{'bbox_2d': [0, 0, 200, 200], 'label': 'cat'}]</answer>"] * 2,
+        "specs": [{"ground_truth": CAT.replace("10, 10", "500, 500"), "verifier": "detection", "verifier_parm": parm}]
+        * 2,
+        "progress": None,
+        "image_sizes": [[[[640, 480], [400, 400]]], [[[640, 480], [200, 200]]]],
+    }
+    verdicts = client.post("/score", json=asked).json()["verdicts"]
+    assert [verdict["accuracy"] for verdict in verdicts] == [1.0, 0.0]
+    reply = client.post("/score", json={**asked, "image_sizes": [[]]})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "bad_request")
+    without = client.post("/score", json={**asked, "image_sizes": None}).json()["verdicts"]
+    assert {verdict["status"] for verdict in without} == {"fault"}
+
+
 def test_a_fault_in_a_batch_has_null_scores(client: TestClient) -> None:
-    verdict = client.post("/score", json={"responses": ["x"], "specs": [{"ground_truth": "words"}]}).json()["verdicts"][
-        0
-    ]
+    verdict = client.post("/score", json={"responses": ["x"], "specs": [{"ground_truth": "?!"}]}).json()["verdicts"][0]
     assert (verdict["status"], verdict["reward"]) == ("fault", None)
 
 
@@ -85,13 +102,26 @@ def test_the_released_trainers_parameters_are_understood(client: TestClient) -> 
     assert late["rewards"]["accuracy_reward"] == 0.0
 
 
+def test_an_evaluation_is_scored_as_by_the_library(client: TestClient) -> None:
+    parm = {"det_reward_ratio": {"iou_max_label_first": 1.0}}
+    spec = RewardSpec(ground_truth=CAT, verifier="detection", verifier_parm=parm)
+    answer = "<answer>[{'bbox_2d': [0, 0, 10, 7], 'label': 'cat'}]</answer>"
+    expected = score(answer, spec, None)
+    asked = {"responses": [answer], "specs": [msgspec.to_builtins(spec)], "progress": None}
+    assert client.post("/score", json=asked).json()["verdicts"] == [msgspec.to_builtins(expected)]
+    released = {"reward_verifier": "detection", "solution": CAT, "response": answer}
+    _, reply = judged(client, **released, reward_verifier_parm=json.dumps(parm | {"is_training": False}))
+    assert reply["rewards"]["accuracy_reward"] == expected.accuracy == pytest.approx(0.7)
+    assert reply["rewards"]["accuracy@average_reward"] == expected.components["accuracy@average"]
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "kind"),
     [
         ({"reward_verifier": "detecton"}, 422, "bad_row"),
         ({"reward_verifier_parm": "{"}, 400, "bad_request"),
         ({"reward_verifier_parm": '{"foldcase": true}'}, 422, "bad_row"),
-        ({"solution": "words"}, 422, "fault"),
+        ({"solution": "?!"}, 422, "fault"),
         ({"solution": "", "answer": ""}, 422, "bad_row"),
         ({"response": r"\boxed{9^{9^{9^{9^{9}}}}}"}, 503, "fault"),
         ({"response": 7}, 400, "bad_request"),

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import subprocess
 import time
 
 
@@ -45,8 +46,23 @@ def misbehave(response: str, gold: str) -> float:
         time.sleep(3600)
     if response == "fork and answer twice":
         os.fork()
+    if response == "terminate what is run":
+        child = subprocess.Popen(["sleep", "60"])
+        child.terminate()
+        return float(child.wait() == -signal.SIGTERM)
+    if response == "terminate what is forked":
+        if (pid := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(pid, signal.SIGTERM)
+        return float(os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM)
     if response == "not a number":
         return float("nan")
     if response == "a word":
         return "right"  # type: ignore[return-value]
     return 1.0
+
+
+def misbehave_on_gold(response: str, gold: str) -> float:
+    """The same for what the gold answer names."""
+    return misbehave(gold, gold)

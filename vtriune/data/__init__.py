@@ -1,4 +1,4 @@
-"""From Parquet files to prompts: schema, checks, store, loader, prompt pool, preprocessing.
+"""From files to prompts: schema, checks, store, loader, prompt pool, preprocessing.
 
 Importing this package loads pyarrow, not torch or transformers; those load with the first Cursor or Preprocessor.
 """

@@ -66,10 +66,10 @@ def read_patch_grid(folder: Path, min_pixels: int, max_pixels: int) -> PatchGrid
 
     Raises DataError when a vision model has no image processor beside it, or one of another patch size.
     """
-    vision = _read(folder / "config.json").get("vision_config")
+    vision = read_json(folder / "config.json").get("vision_config")
     if vision is None:
         return None
-    settings = _read(folder / "preprocessor_config.json") or _read(folder / "processor_config.json").get(
+    settings = read_json(folder / "preprocessor_config.json") or read_json(folder / "processor_config.json").get(
         "image_processor"
     )
     if not settings:
@@ -92,8 +92,9 @@ def read_patch_grid(folder: Path, min_pixels: int, max_pixels: int) -> PatchGrid
     return grid
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a model folder; empty where there is none."""
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text())
+    content: dict[str, Any] = json.loads(path.read_bytes())
     return content

@@ -3,8 +3,11 @@
 Used by the store (reading Parquet, writing Arrow), by the checks at load, and by every process that asks for a sample.
 """
 
+import base64
+import binascii
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,9 @@ PARQUET_SCHEMA = pa.schema(
         ("extra_info", pa.struct([("id", pa.string()), ("image_path", pa.string())])),
     ]
 )
-"""The row schema of Orsta-Data-47k. A file may hold more columns, a `verifier_parm` of other keys and `large_` types."""
+"""The row schema of Orsta-Data-47k. A file may hold more columns, a `verifier_parm` of other keys and `large_` types. What can mean one
+thing only is read too: a prompt that is text or has content parts, one picture for a list, pictures as bytes, base64 or paths,
+`verifier_parm` as JSON, a gold answer that is a number."""
 
 STORE_SCHEMA = pa.schema(
     [
@@ -67,6 +72,19 @@ STORE_SCHEMA = pa.schema(
     ]
 )
 
+_OPTIONAL = ("ability", "extra_info")
+
+ROLES = ("system", "user", "assistant")
+
+_OTHER_FORMS = {
+    "images": ("a list of binary", "a list of text", "structs", "binary", "text", "a list of null", "null"),
+    "prompt": ("text",),
+    "extra_info": ("null",),
+    "ability": ("null",),
+}
+"""Read beside those of PARQUET_SCHEMA."""
+_STRANGE_MARKER = re.compile(r"<(?:video|images|image[ _]*\d+)\s*/?>", re.IGNORECASE)
+_PICTURE_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _STRUCT_FIELDS = {
     "images": ("bytes",),
     "prompt": ("role", "content"),
@@ -110,60 +128,61 @@ class FileName(msgspec.Struct, frozen=True):
     repeats: int = 1
 
 
+_FILE_NAME = re.compile(r"([^_]+)_([^_]+)_([^_]+(?:_[^_]+)*)_(\d+)(?:_x([1-9]\d*))?", re.ASCII)
+
+
 def parse_file_name(path: str | Path) -> FileName | None:
-    """Parse from both ends, since sources contain underscores; None for a name of another form (legal: no repeats)."""
-    parts = Path(path).stem.split("_")
-    repeats = 1
-    if len(parts) > 4 and parts[-1][:1] == "x" and _is_number(parts[-1][1:]) and _is_number(parts[-2]):
-        repeats = int(parts.pop()[1:])
-    if len(parts) < 4 or not _is_number(parts[-1]) or not all(parts) or repeats < 1:
-        return None
-    return FileName(parts[0], parts[1], "_".join(parts[2:-1]), int(parts[-1]), repeats)
+    """The parts of a name, of which the source may contain underscores; None for a name of another form (legal: no repeats)."""
+    found = _FILE_NAME.fullmatch(Path(path).stem)
+    return None if found is None else FileName(found[1], found[2], found[3], int(found[4]), int(found[5] or 1))
 
 
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
-
-
-def check_columns(schema: pa.Schema, path: str | Path) -> None:
-    """Raise DataError that names every missing or wrongly typed column (and struct field) of the Parquet file `path`."""
+def check_columns(schema: pa.Schema, path: str | Path, needless: Collection[str] = ()) -> None:
+    """Raise DataError that names every missing or wrongly typed column (and struct field) of the file `path`; `needless` are said
+    elsewhere."""
     problems = []
     for field in PARQUET_SCHEMA:
         if field.name not in schema.names:
-            problems.append(f"column `{field.name}` is missing")
+            if field.name not in (*_OPTIONAL, *needless):
+                problems.append(f"column `{field.name}` is missing")
             continue
         found = schema.field(field.name).type
-        element = found
-        if pa.types.is_list(field.type):
-            if not (pa.types.is_list(found) or pa.types.is_large_list(found)):
-                problems.append(f"column `{field.name}` is {found}, not a list")
-                continue
-            element = found.value_type
-        if field.name not in _STRUCT_FIELDS:
-            if not (pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_dictionary(found)):
-                problems.append(f"column `{field.name}` is {found}, not a string")
-        elif not pa.types.is_struct(element):
-            problems.append(f"column `{field.name}` holds {element}, not a struct")
-        else:
-            present = {element.field(index).name for index in range(element.num_fields)}
-            missing = [name for name in _STRUCT_FIELDS[field.name] if name not in present]
+        if _form(found) not in (_form(field.type), *_OTHER_FORMS.get(field.name, ())):
+            problems.append(f"column `{field.name}` is {found}, not {_form(field.type)}")
+        elif field.name in _STRUCT_FIELDS and _form(found).endswith("structs"):
+            present = {below.name for below in (found.value_type if _is_list(found) else found)}
+            missing = [name for name in _STRUCT_FIELDS[field.name] if name not in present and name not in needless]
             problems += [f"column `{field.name}` lacks the field `{name}`" for name in missing]
     if problems:
-        found_columns = ", ".join(schema.names)
-        raise DataError(f"{path}: {'; '.join(problems)}. Columns found: {found_columns}")
+        raise DataError(f"{path}: {'; '.join(problems)}. Columns found: {', '.join(schema.names)}")
+
+
+def _form(kind: pa.DataType) -> str:
+    """What a column holds, whichever width or encoding it has."""
+    if _is_list(kind):
+        return f"a list of {_form(kind.value_type)}"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
+        return "text"
+    if pa.types.is_large_binary(kind):
+        return "binary"
+    return "structs" if pa.types.is_struct(kind) else str(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def parse_row(raw: Mapping[str, Any]) -> tuple[Sample | None, list[str]]:
     """One Parquet row as Python objects → the sample, or None with the reasons why it is none.
 
-    Images must be in the row: a file that only names paths would make the store's content depend on what lies beside it.
+    Images must be in the row; those that a file names by path were read before (`adapters`).
     """
     problems: list[str] = []
     source = raw["data_source"]
     if not isinstance(source, str) or not source:
         problems.append(f"data_source is {source!r}, not a name")
     prompt = _parse_prompt(raw["prompt"], problems)
-    images = _parse_images(raw["images"] or [], problems)
+    images = _parse_images(raw["images"], problems)
     reward = _parse_reward(raw["reward_model"], problems)
     if problems or reward is None:
         return None, problems
@@ -172,13 +191,19 @@ def parse_row(raw: Mapping[str, Any]) -> tuple[Sample | None, list[str]]:
 
 
 def _parse_prompt(raw: Any, problems: list[str]) -> list[Turn]:
-    turns = []
+    turns: list[Turn] = []
+    raw = _turns(raw) if isinstance(raw, str) else raw
     for index, turn in enumerate(raw or []):
-        role, content = (turn or {}).get("role"), (turn or {}).get("content")
-        if isinstance(role, str) and isinstance(content, str):
+        role, given = (turn or {}).get("role"), (turn or {}).get("content")
+        content = _text(given)
+        if isinstance(role, str) and content is not None:
             turns.append(Turn(role, content))
+            problems += [f"prompt[{index}] {problem}" for problem in _turn_problems(turns[-1])]
         else:
-            problems.append(f"prompt[{index}] has role {role!r} and content {content!r}; both must be text")
+            problems.append(
+                f"prompt[{index}] has role {role!r} and content {given!r}; both must be text, or the content a list of "
+                "{type: text, text: …} and {type: image}, with the pictures in the column `images`"
+            )
     if not raw:
         problems.append("prompt is empty")
     elif turns and turns[-1].role != "user":
@@ -186,16 +211,64 @@ def _parse_prompt(raw: Any, problems: list[str]) -> list[Turn]:
     return turns
 
 
+def _turns(text: str) -> list[Any]:
+    """A prompt that is text: turns written as JSON, else what the user says."""
+    try:
+        if text.startswith("[{"):
+            return msgspec.json.decode(text, type=list[dict[str, Any]])
+    except msgspec.DecodeError:
+        pass
+    return [{"role": "user", "content": text}] if text else []
+
+
+def _turn_problems(turn: Turn) -> Iterator[str]:
+    if turn.role not in ROLES:
+        yield f"is a turn of {turn.role!r}; write what it says into a turn of {', '.join(ROLES)}"
+    elif turn.role != "user" and IMAGE_MARKER in turn.content:
+        yield f"of {turn.role!r} holds {IMAGE_MARKER}; only a turn of 'user' shows pictures: move it there"
+    if (strange := _STRANGE_MARKER.search(turn.content)) is not None:
+        is_video = "video" in strange[0].lower()
+        cure = "videos are not read" if is_video else f"write {IMAGE_MARKER} where each picture belongs, in order"
+        yield f"holds {strange[0]}, which the model would see as these very letters; {cure}"
+
+
+def _text(content: Any) -> str | None:
+    """A turn's content as text with image markers; None for what is no text."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = []
+    for part in content:
+        given = without_nulls(part) if isinstance(part, Mapping) else {}
+        if given.get("type") == "text" and isinstance(given.get("text"), str):
+            texts.append(given["text"])
+        elif given == {"type": "image"} or given == {"type": "image", "text": ""}:
+            texts.append(IMAGE_MARKER)
+        else:
+            return None
+    return "".join(texts)
+
+
 def _parse_images(raw: Any, problems: list[str]) -> list[bytes]:
     images = []
-    for index, image in enumerate(raw):
-        data = (image or {}).get("bytes")
-        if data:
+    for index, image in enumerate([raw] if isinstance(raw, bytes | str | Mapping) else raw or []):
+        fields = image if isinstance(image, Mapping) else {"bytes": image}
+        data, path = fields.get("bytes"), fields.get("path")
+        if isinstance(data, str):
+            path, data = data[:100], from_base64(data)
+        if isinstance(data, bytes) and data:
             images.append(data)
         else:
-            path = (image or {}).get("path")
-            problems.append(f"images[{index}] has no bytes (path {path!r}); embed the encoded image in the file")
+            problems.append(f"images[{index}] has no bytes (path {path!r}); embed the encoded image, or name a file")
     return images
+
+
+def from_base64(text: str) -> bytes | None:
+    """The picture that `text` writes in base64, as it is or in a `data:` address; None for paths and all else."""
+    try:
+        data = base64.b64decode(text.partition(";base64,")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return data if data.startswith(_PICTURE_BEGINNINGS) else None
 
 
 def _parse_reward(raw: Any, problems: list[str]) -> RewardSpec | None:
@@ -207,10 +280,20 @@ def _parse_reward(raw: Any, problems: list[str]) -> RewardSpec | None:
     if "verifier" not in known:
         problems.append("reward_model.verifier is null")
         return None
+    for name in ("answer", "ground_truth"):
+        if isinstance(known.get(name), int | float) and not isinstance(known[name], bool):
+            known[name] = str(known[name])
+    parm = known.get("verifier_parm")
     try:
+        if isinstance(parm, str):
+            known["verifier_parm"] = without_nulls(msgspec.json.decode(parm or "null", type=dict[str, Any] | None))
         spec = msgspec.convert(known, RewardSpec)
     except msgspec.ValidationError as error:
-        problems.append(f"reward_model: {error}")
+        what = "reward_model.verifier_parm, as JSON" if isinstance(known.get("verifier_parm"), str) else "reward_model"
+        problems.append(f"{what}: {error}")
+        return None
+    except msgspec.DecodeError as error:
+        problems.append(f"reward_model.verifier_parm is text that is no JSON object ({error}): {str(parm)[:100]!r}")
         return None
     if not (math.isfinite(spec.accuracy_ratio) and math.isfinite(spec.format_ratio)):
         problems.append(

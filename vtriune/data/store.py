@@ -1,4 +1,4 @@
-"""Parquet files → one memory-mapped Arrow IPC file, built once; a row of it is what a message names.
+"""Files → one memory-mapped Arrow IPC file, built once; a row of it is what a message names.
 
 The command line builds (or finds) the store of a list of files; every process that needs pixels opens the same folder
 memory-mapped. Nothing is copied until a row is asked for, and touched pages are handed back to the kernel, so that a process's
@@ -6,7 +6,9 @@ resident memory does not grow with the data.
 
     <folder>/<key>/data.arrow        rows in file order, record batches of at most 32 MiB or 1,024 rows
     <folder>/<key>/index.json        fingerprint, files, segments of logical rows, batch offsets, counts per source
+    <folder>/<key>/measures.jsonl    sizes, lengths and picture hashes of each stored row
     <folder>/<key>/quarantine.jsonl  rows left out, each with file, row and reasons (only when there are any)
+    <folder>/<key>/pictures.json     size and time of the pictures that rows name by path (only when there are any)
 
 The key names the input: contents of the files, checks applied, what happens to bad rows. The fingerprint names the result:
 the contents and which rows were left out. Both ignore paths and modification times, so a copied file gives the same store.
@@ -15,26 +17,28 @@ the contents and which rows were left out. Both ignore paths and modification ti
 import bisect
 import itertools
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 
 from verifiers import RewardSpec
 from vtriune.data.schema import DataError, Sample, Turn
-from vtriune.messages import SampleRef
+from vtriune.messages import SampleHeader, SampleRef
 
-FORMAT = 1
+FORMAT = 4
 """Raised whenever stored rows or the index change shape."""
 
+_HEADER = ["data_source", "reward", "sample_id", "file", "file_row"]
 _RELEASE_BYTES = 64 * 2**20
 """Mapped bytes handed out before the pages are given back."""
 
 
 class StoredFile(msgspec.Struct, frozen=True):
-    """One Parquet file's share of a store."""
+    """One file's share of a store."""
 
     path: str
     digest: str
@@ -44,6 +48,8 @@ class StoredFile(msgspec.Struct, frozen=True):
     num_stored: int
     repeats: int
     """how often its rows occur in an epoch"""
+    form: str
+    """what it was read as: `LLaVA (JSON lines)`"""
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -68,7 +74,9 @@ class Index(msgspec.Struct, frozen=True):
     batch_starts: list[int]
     """first stored row of each record batch"""
     rows_per_source: dict[str, int]
-    """logical rows"""
+    """logical rows; sorted by source"""
+    notes: dict[str, list[str]] = {}
+    """by source: what the checks say of rows that are stored, such as pictures that are changed on reading"""
 
 
 class Store:
@@ -106,11 +114,6 @@ class Store:
         return self.index.fingerprint
 
     @property
-    def num_quarantined(self) -> int:
-        """Rows left out as bad when the store was built."""
-        return self.index.num_quarantined
-
-    @property
     def quarantine_path(self) -> Path | None:
         """Where the rows left out are listed with their reasons; None when there are none."""
         return self.folder / "quarantine.jsonl" if self.index.num_quarantined else None
@@ -118,31 +121,15 @@ class Store:
     def __len__(self) -> int:
         return self.index.num_rows
 
-    def sources(self) -> list[str]:
-        """Every `data_source`, sorted."""
-        return sorted(self.index.rows_per_source)
-
-    def rows_per_source(self) -> Mapping[str, int]:
-        """Number of rows of each source, repeats counted."""
-        return self.index.rows_per_source
-
     def ref(self, row: int) -> SampleRef:
         """The name of `row` in messages; IndexError outside the store."""
         self._check(row)
         return SampleRef(self.fingerprint, row)
 
-    def get(self, ref: SampleRef) -> Sample:
-        """The sample that `ref` names; DataError when it names a row of another store."""
-        if ref.fingerprint != self.fingerprint:
-            raise DataError(
-                f"sample reference of store {ref.fingerprint}, but {self.folder} is store {self.fingerprint}: "
-                "the processes of a run must open the same data"
-            )
-        return self.sample(ref.row)
-
-    def sample(self, row: int) -> Sample:
-        """The sample at `row`, its encoded images copied out of the map; IndexError outside the store."""
-        fields = self._fields(row, ("data_source", "images", "prompt", "ability", "reward", "sample_id"))
+    def sample(self, row: int, *, with_images: bool = True) -> Sample:
+        """The sample at `row`, its encoded images copied out of the map, or none; IndexError outside the store."""
+        names = ("data_source", "prompt", "ability", "reward", "sample_id")
+        fields = {"images": []} | self._fields(row, ("images", *names) if with_images else names)
         self._count_touched(sum(map(len, fields["images"])))
         return Sample(
             row=row,
@@ -159,22 +146,53 @@ class Store:
         source: str = self._fields(row, ("data_source",))["data_source"]
         return source
 
-    def reward(self, row: int) -> RewardSpec:
-        """Reward specification of `row`, without its images."""
-        return msgspec.json.decode(self._fields(row, ("reward",))["reward"], type=RewardSpec)
+    def header(self, row: int) -> SampleHeader:
+        """`row` without its prompt and images: what its leases carry."""
+        return self._header(self._fields(row, _HEADER))
 
-    def origin(self, row: int) -> tuple[str, int]:
-        """(Parquet file, row there) that `row` was read from: for messages to people."""
-        fields = self._fields(row, ("file", "file_row"))
-        return self.index.files[fields["file"]].path, fields["file_row"]
+    def _header(self, fields: Mapping[str, Any]) -> SampleHeader:
+        return SampleHeader(
+            source=fields["data_source"],
+            reward=msgspec.json.decode(fields["reward"], type=RewardSpec),
+            sample_id=fields["sample_id"],
+            file=self.index.files[fields["file"]].path,
+            file_row=fields["file_row"],
+        )
+
+    def distinct_rows(self) -> list[int]:
+        """A row for each stored one, in the order of storage: those of a file that an epoch shows several times, once."""
+        firsts = {segment.first_stored: segment for segment in reversed(self.index.segments)}
+        shown = [firsts[first] for first in sorted(firsts)]
+        return [row for segment in shown for row in range(segment.first_row, segment.first_row + segment.num_rows)]
+
+    def rows_by_source(self) -> dict[str, np.ndarray]:
+        """int64: the rows of each source, in order; one that an epoch shows several times is there as often."""
+        batches = range(len(self.index.batch_starts))
+        columns = (self._reader.get_batch(number).column("data_source") for number in batches)
+        stored = np.concatenate([column.to_numpy(zero_copy_only=False) for column in columns])
+        sources = np.concatenate(
+            [stored[segment.first_stored : segment.first_stored + segment.num_rows] for segment in self.index.segments]
+        )
+        return {source: np.flatnonzero(sources == source) for source in self.index.rows_per_source}
+
+    def headers(self) -> Iterator[SampleHeader]:
+        """Of every stored row, in order; a file that an epoch shows several times counts once."""
+        for number in range(len(self.index.batch_starts)):
+            for fields in self._reader.get_batch(number).select(_HEADER).to_pylist():
+                yield self._header(fields)
+
+    def forms(self) -> dict[str, list[str]]:
+        """What the files were read as, with the files of each."""
+        found: dict[str, list[str]] = {}
+        for file in self.index.files:
+            found.setdefault(file.form, []).append(file.path)
+        return found
 
     def spread(self, num_rows: int | None) -> list[int]:
         """At most `num_rows` rows in order, as evenly over the sources as they allow and evenly within each; None: all."""
         if num_rows is None or num_rows >= len(self):
             return list(range(len(self)))
-        by_source: dict[str, list[int]] = {source: [] for source in self.sources()}
-        for row in range(len(self)):
-            by_source[self.source(row)].append(row)
+        by_source = self.rows_by_source()
         shares = _even_shares([len(rows) for rows in by_source.values()], num_rows)
         picked = (_every_nth(rows, share) for rows, share in zip(by_source.values(), shares, strict=True))
         return sorted(itertools.chain.from_iterable(picked))
@@ -214,17 +232,13 @@ class StoreSet:
         """Map every folder; raises like `Store.open`."""
         return cls([Store.open(folder) for folder in folders])
 
-    def store_of(self, ref: SampleRef) -> Store:
-        """The store that `ref` points into; DataError when it is none of these."""
+    def get(self, ref: SampleRef) -> Sample:
+        """The sample that `ref` names; DataError when it is of none of these stores."""
         store = self._stores.get(ref.fingerprint)
         if store is None:
             known = ", ".join(f"{name} ({store.folder})" for name, store in self._stores.items())
             raise DataError(f"sample reference of store {ref.fingerprint}; this process opened {known}")
-        return store
-
-    def get(self, ref: SampleRef) -> Sample:
-        """The sample that `ref` names."""
-        return self.store_of(ref).sample(ref.row)
+        return store.sample(ref.row)
 
 
 def _even_shares(sizes: Sequence[int], total: int) -> list[int]:
@@ -238,5 +252,5 @@ def _even_shares(sizes: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def _every_nth(rows: Sequence[int], num_picked: int) -> list[int]:
-    return [rows[index * len(rows) // num_picked] for index in range(num_picked)]
+def _every_nth(rows: np.ndarray, num_picked: int) -> list[int]:
+    return [int(rows[index * len(rows) // num_picked]) for index in range(num_picked)]

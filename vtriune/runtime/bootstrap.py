@@ -1,14 +1,16 @@
 """What a worker is told before it does anything, and how: length-prefixed messages over an inherited socket.
 
-The socket also carries the worker's readiness and its failure reports to its parent, and by its end of file tells
-either side that the other is gone. Nothing of it shows on a command line or in the environment.
+The socket also carries the worker's readiness, its progress and its failure reports to its parent, and by its end of file
+tells either side that the other is gone. Nothing of it shows on a command line or in the environment.
 """
 
 from __future__ import annotations
 
+import signal
 import socket
 import struct
-from typing import TypeVar
+import threading
+from typing import TypeAlias
 
 import msgspec
 
@@ -16,9 +18,10 @@ from vtriune.transport.security import RunKeys
 from vtriune.transport.wire import FailureNote, Limits, PeerRef
 
 CONTROL_FD = "VTRIUNE_CONTROL_FD"
+LEFT_TO_ROOT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that workers ignore, from their first instruction on: who ends a job sends them to all of its processes, and only the root
+knows what is to be saved first. Workers are told to stop by their parent, and killed when it dies."""
 _MAX_BYTES = 256 << 20
-
-T = TypeVar("T", bound=msgspec.Struct)
 
 
 class SpawnRequest(msgspec.Struct, frozen=True, array_like=True):
@@ -53,6 +56,10 @@ class Bootstrap(msgspec.Struct, frozen=True):
     actors: tuple[SpawnRequest, ...] = ()
 
 
+class Stop(msgspec.Struct, frozen=True):
+    """To a worker, the one thing it is told after its bootstrap: clean up and end."""
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The worker listens."""
 
@@ -65,15 +72,37 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     note: FailureNote
 
 
+class Moved(msgspec.Struct, frozen=True, tag=True):
+    """Work of the worker, or of the process `who` below it, has come to `step`; see `vtriune.runtime.steps`."""
+
+    who: str
+    work: str
+    step: str
+    within_s: float
+
+
+class Ended(msgspec.Struct, frozen=True, tag=True):
+    """The worker has ended, with this last word; said by what started it."""
+
+    note: FailureNote
+
+
+News: TypeAlias = Ready | Report | Moved | Ended
+
 # Built here and not in the threads that read: msgspec's decoders must be built by one thread at a time.
 decode_bootstrap = msgspec.msgpack.Decoder(Bootstrap).decode
-decode_news = msgspec.msgpack.Decoder(Ready | Report).decode
+decode_news = msgspec.msgpack.Decoder(News).decode
+
+
+_sending = threading.Lock()
+"""Several threads of a worker tell its parent something."""
 
 
 def send(control: socket.socket, message: msgspec.Struct) -> None:
     """Write one message. Raises OSError when the other side is gone."""
     body = msgspec.msgpack.encode(message)
-    control.sendall(struct.pack("<I", len(body)) + body)
+    with _sending:
+        control.sendall(struct.pack("<I", len(body)) + body)
 
 
 def receive(control: socket.socket) -> bytes | None:

@@ -1,20 +1,19 @@
 """What a call returns: `await` it in asyncio code, `.get()` it elsewhere. Made by endpoints, settled by links.
 
-Values are decoded by whoever takes them, not by whoever reads the socket.
+A value is decoded by the thread that takes it, not by the one that reads the socket.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from vtriune.runtime.failure import error_from_note
-from vtriune.runtime.shape import Extent, Point, ValueMesh
+from vtriune.runtime.shape import Extent, ValueMesh
 from vtriune.transport.codec import Schema
 from vtriune.transport.link import Link
 from vtriune.transport.reactor import Reactor
@@ -25,7 +24,8 @@ logger = logging.getLogger("vtriune.runtime")
 
 
 class _Unseen:
-    """Says so when an error goes that nobody has looked at. Apart from the future, since finalizers cost every call."""
+    """Logs an error that is forgotten before anyone has looked at it. An object of its own, since a finalizer on the future
+    would cost every call."""
 
     __slots__ = ("error",)
 
@@ -44,7 +44,7 @@ class Future(Generic[R]):
     value. A task cancelled while awaiting cancels the call at the callee, and so does `cancel()`.
     """
 
-    # The state of a future nobody waits for yet; most are settled without needing more of their own.
+    # The state of a future that no one waits for yet; most are settled without needing more of their own.
     is_done = False
     _error: BaseException | None = None
     _value: Any = None
@@ -70,12 +70,12 @@ class Future(Generic[R]):
             TimeoutError: not there in time.
             RuntimeError: called in asyncio code, where it would stop the loop.
         """
-        if not self.is_done and not self._reactor.wait(self, timeout, self._is_near()):
+        if not self.is_done and not self._reactor.wait(self.done, timeout, self._is_near()):
             raise TimeoutError(f"no answer within {timeout} s from {self._whom()}")
         return self._take()
 
     def __await__(self) -> Generator[Any, None, R]:
-        if not self.done():
+        if not self.is_done:
             self._reactor.attach_running_loop()
             waiter = asyncio.get_running_loop().create_future()
             with self._reactor.lock:
@@ -192,7 +192,7 @@ class CallFuture(Future[R]):
         return len(self._link.credit.by_id) == 1
 
     def resolve(self, value: msgspec.Raw | None, parts: Sequence[Any], blobs: Sequence[int]) -> None:
-        """Outcome of a link: the encoded result, and the parts of its message."""
+        """From the link: the encoded result, and the parts of its message."""
         if self.is_done:
             return
         self._raw = None if value is None else (value, parts, blobs)
@@ -203,7 +203,7 @@ class CallFuture(Future[R]):
             self._reactor.notify()
 
     def fail(self, error: Exception | ErrorNote) -> None:
-        """Outcome of a link: an error."""
+        """From the link: an error."""
         self._settle(
             error=error_from_note(error, self._endpoint, self._peer) if isinstance(error, ErrorNote) else error
         )
@@ -233,7 +233,6 @@ class GatherFuture(Future[ValueMesh[R]]):
         self._extent = extent
         self._parts = parts
         self._num_missing = len(parts)
-        self._lock = threading.Lock()
         for part in parts:
             part.add_done_callback(self._on_part)
 
@@ -242,7 +241,7 @@ class GatherFuture(Future[ValueMesh[R]]):
             part.cancel()
 
     def _on_part(self, part: CallFuture[R] | Future[R]) -> None:
-        with self._lock:
+        with self._reactor.lock:
             self._num_missing -= 1
             is_last = self._num_missing == 0
         if part._error is not None:
@@ -263,11 +262,10 @@ class GatherFuture(Future[ValueMesh[R]]):
 class Stream(Generic[R]):
     """Replies of every rank as they arrive: iterate for futures that are done, `async for` over the values."""
 
-    def __init__(self, reactor: Reactor, extent: Extent, parts: Sequence[CallFuture[R]]) -> None:
+    def __init__(self, reactor: Reactor, parts: Sequence[CallFuture[R]]) -> None:
         self._reactor = reactor
         self._num_left = len(parts)
         self._arrived: list[CallFuture[R]] = []
-        self._points = {id(part): Point(rank, extent) for rank, part in enumerate(parts)}
         self._waiter: Future[None] = Future(reactor)
         for part in parts:
             part.add_done_callback(self._on_part)
@@ -293,16 +291,11 @@ class Stream(Generic[R]):
             else:
                 item.get()
 
-    async def items(self) -> AsyncIterator[tuple[Point, R]]:
-        """Pairs (point, value) in order of arrival."""
+    async def __aiter__(self) -> AsyncIterator[R]:
         while self._num_left:
             item = self._next()
             if isinstance(item, CallFuture):
                 self._num_left -= 1
-                yield self._points[id(item)], await item
+                yield await item
             else:
                 await item
-
-    async def __aiter__(self) -> AsyncIterator[R]:
-        async for _, value in self.items():
-            yield value

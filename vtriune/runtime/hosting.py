@@ -1,4 +1,4 @@
-"""Runs actors inside a worker process: constructors, endpoints, cancellation, cleanup. Used by `vtriune.runtime.worker`.
+"""Runs actors inside a worker process: constructors, endpoints, cancellation, cleanup. Used by the worker program.
 
 Async endpoints run on the process's asyncio loop, which also reads the sockets. Constructors and sync endpoints run on
 a thread of the actor's own, one at a time in order of arrival, so that they may block without stopping the loop.
@@ -17,17 +17,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vtriune.runtime import context
-from vtriune.runtime.actor import Actor, Endpoint, load_class
+from vtriune.runtime.actor import Actor, Endpoint
 from vtriune.runtime.bootstrap import SpawnRequest
+from vtriune.runtime.class_path import load_class
 from vtriune.runtime.failure import note_from_error
-from vtriune.runtime.invocation import construct, endpoints_of, pack_result, prepare, refusal, start_now, unpack
+from vtriune.runtime.invocation import construct, endpoints_of, pack_result, start_now, unpack
 from vtriune.runtime.node import SYSTEM, Node
 from vtriune.runtime.shape import Extent, Point
 from vtriune.runtime.stacks import own_stacks
-from vtriune.transport.codec import Payload, Schema, pack
+from vtriune.transport.codec import Schema, pack
 from vtriune.transport.errors import DeadlineExceeded, MeshFailure
 from vtriune.transport.inbox import Session
-from vtriune.transport.wire import Call, ErrorNote, FailureNote, WireError
+from vtriune.transport.wire import Call, ErrorNote, FailureNote, Payload, WireError, refusal
 
 logger = logging.getLogger("vtriune.runtime")
 
@@ -40,6 +41,9 @@ _EXPECT_S = 5.0
 # never takes it: an import may be long.
 _preparing = threading.Lock()
 
+_NOTHING = pack((None,))
+
+OnConstructed = Callable[[ErrorNote | None], None]
 _Early = tuple[Session, Call, Sequence[Any]]
 
 
@@ -47,12 +51,11 @@ class ActorHost:
     """One actor and everything running in it."""
 
     def __init__(self, hosting: Hosting, request: SpawnRequest) -> None:
-        self.id = request.actor_id
         self.name = request.name
         self.point = Point(request.rank, Extent(request.labels, request.sizes))
-        self.class_path = request.class_path
         self.loop = hosting.loop
         self._hosting = hosting
+        self._request = request
         # What every task of the actor starts from: `current_rank()` and its like.
         self._context = contextvars.Context()
         self._context.run(context.enter, self, None)
@@ -62,7 +65,10 @@ class ActorHost:
         self._endpoints: dict[str, Endpoint[..., Any]] = {}
         self._error: ErrorNote | None = None
         self._early: list[_Early] | None = []
-        self._running: dict[tuple[Session, int], asyncio.Task[None] | _SyncCall] = {}
+        self.is_constructed = asyncio.Event()
+        """Or has failed to be."""
+        self._running: dict[tuple[Session, int], asyncio.Task[None] | None] = {}
+        """Async calls by their task; sync ones (None) from their arrival: without its entry, none is started."""
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run_thread, name=f"actor-{self.name}", daemon=True)
         self._thread.start()
@@ -73,30 +79,29 @@ class ActorHost:
 
     # ---- construction
 
-    def construct(self, request: SpawnRequest, on_done: Callable[[ErrorNote | None], None]) -> None:
+    def construct(self, on_done: OnConstructed) -> None:
         """Import the class and run its constructor on the actor's thread; calls that arrive meanwhile wait."""
 
         def work() -> None:
             context.enter(self, None)
-            actor, error = None, None
+            error = None
             try:
                 with _preparing:
-                    cls = load_class(request.class_path)
-                    prepare(cls)
-                actor = construct(cls, request)
-            except Exception as failure:
+                    cls = load_class(self._request.class_path)
+                    self._endpoints = endpoints_of(cls)
+                    for declared in self._endpoints.values():
+                        declared.signature.build()
+                self._actor = construct(cls, self._request)
+            except BaseException as failure:
                 # A constructor may raise anything; it goes to whoever spawned the actor.
-                error = note_from_error(failure)
-            self.loop.call_soon_threadsafe(self._constructed, actor, error, on_done)
+                error = self._error = note_from_error(failure)
+            self.loop.call_soon_threadsafe(self._constructed, error, on_done)
 
         self._work.put(work)
 
-    def _constructed(
-        self, actor: Actor | None, error: ErrorNote | None, on_done: Callable[[ErrorNote | None], None]
-    ) -> None:
-        self._actor, self._error = actor, error
-        self._endpoints = {} if actor is None else endpoints_of(type(actor))
+    def _constructed(self, error: ErrorNote | None, on_done: OnConstructed) -> None:
         early, self._early = self._early or [], None
+        self.is_constructed.set()
         on_done(error)
         for item in early:
             self.accept(*item)
@@ -112,13 +117,12 @@ class ActorHost:
         elif self._error is not None:
             self._end(session, call, self._error)
         elif declared is None:
-            self._end(session, call, refusal(f"{self.class_path} has no endpoint {call.endpoint!r}"))
+            self._end(session, call, refusal(f"{self._request.class_path} has no endpoint {call.endpoint!r}"))
         elif declared.is_async:
             self._defer(functools.partial(self._start_async, session, call, frames, declared))
         else:
-            item = _SyncCall()
-            self._running[session, call.id] = item
-            self._work.put(lambda: self._run_sync(session, call, frames, declared, item))
+            self._running[session, call.id] = None
+            self._work.put(lambda: self._run_sync(session, call, frames, declared))
 
     def _start_async(self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any]) -> None:
         """Run the endpoint at once up to its first wait: most never wait, and a turn of the loop costs a message."""
@@ -130,6 +134,7 @@ class ActorHost:
     async def _run_async(
         self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any]
     ) -> None:
+        answer: Payload | ErrorNote
         try:
             args, kwargs = unpack(declared.signature, call, frames, session.peer)
             if call.deadline_s is None:
@@ -138,11 +143,10 @@ class ActorHost:
                 context.enter(self, call.deadline_s)
                 value = await self._within(declared.method(self._actor, *args, **kwargs), call.deadline_s)
             answer = pack_result(declared, value, call, self._limits)
-        except (Exception, asyncio.CancelledError) as error:
-            # Whatever an endpoint raises is its caller's to see.
-            self._end(session, call, note_from_error(error))
-        else:
-            self._end(session, call, answer)
+        except BaseException as error:
+            # Whatever an endpoint raises is its caller's to see, also what is no Exception: torch has one, a panic in Rust, `sys.exit`.
+            answer = note_from_error(error)
+        self._end(session, call, answer)
 
     async def _within(self, call: Any, deadline_s: float) -> Any:
         timeout = asyncio.timeout(deadline_s)
@@ -154,46 +158,34 @@ class ActorHost:
                 raise DeadlineExceeded(f"cancelled after its deadline of {deadline_s:g} s") from None
             raise
 
-    def _run_sync(
-        self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any], item: _SyncCall
-    ) -> None:
-        if item.is_cancelled:
+    def _run_sync(self, session: Session, call: Call, frames: Sequence[Any], declared: Endpoint[..., Any]) -> None:
+        if (session, call.id) not in self._running:
             self._end(session, call, note_from_error(asyncio.CancelledError()))
             return
         context.enter(self, call.deadline_s)
+        answer: Payload | ErrorNote
         try:
             args, kwargs = unpack(declared.signature, call, frames, session.peer)
             answer = pack_result(declared, declared.method(self._actor, *args, **kwargs), call, self._limits)
-        except Exception as error:
-            # Whatever an endpoint raises is its caller's to see.
-            self._end(session, call, note_from_error(error))
-        else:
-            self._end(session, call, answer)
+        except BaseException as error:
+            # As above; and this thread goes on to the next call.
+            answer = note_from_error(error)
+        self._end(session, call, answer)
 
     def _end(self, session: Session, call: Call, answer: Payload | ErrorNote) -> None:
         if self._running:
             self._running.pop((session, call.id), None)
-        if call.oneway:
-            session.done(call.id)
-            if isinstance(answer, ErrorNote):
-                self._report(
-                    "exception", f"{self.name}.{call.endpoint}: {answer.type_name}: {answer.text}", answer.traceback
-                )
-        elif isinstance(answer, ErrorNote):
-            session.fault(call.id, answer)
-        else:
-            session.reply(call.id, answer)
-
-    def _report(self, cause: str, detail: str, stacks: str) -> None:
-        me = self._hosting.node.me
-        logger.error("%s\n%s", detail, stacks)
-        self._hosting.node.report(FailureNote(me.mesh, me.rank, me.host, me.pid, cause, detail=detail, stacks=stacks))
+        session.answer(call, answer)
+        if call.oneway and isinstance(answer, ErrorNote):
+            self._hosting.report("exception", f"{self.name}.{call.endpoint}", answer)
 
     def cancel(self, session: Session, call_id: int) -> None:
-        """Cancel an async call's task; a sync one that has not started is dropped, one that runs runs on unheard."""
-        running = self._running.get((session, call_id))
-        if running is not None:
-            running.cancel()
+        """Cancel an async call's task; drop a sync call that has not started. A sync call that runs goes on to its end."""
+        task = self._running.get((session, call_id))
+        if task is not None:
+            task.cancel()
+        else:
+            self._running.pop((session, call_id), None)
 
     # ---- supervision and the end
 
@@ -218,15 +210,15 @@ class ActorHost:
         if not is_handled:
             self._hosting.node.report(failure.note)
 
-    async def stop(self, error: Exception | None) -> None:
+    async def stop(self) -> None:
         """Cancel what runs, call `__cleanup__`, end the thread."""
-        for running in list(self._running.values()):
-            running.cancel()
+        for key in list(self._running):
+            self.cancel(*key)
         if self._actor is not None:
             actor, self._actor = self._actor, None
             try:
                 context.enter(self, None)
-                cleaned: Any = actor.__cleanup__(error)
+                cleaned: Any = actor.__cleanup__(None)
                 if inspect.isawaitable(cleaned):
                     await cleaned
             except Exception:
@@ -234,18 +226,6 @@ class ActorHost:
                 logger.exception("%s.__cleanup__ failed", self.name)
         self._error = self._error or refusal(f"actor {self.name} has been stopped")
         self._work.put(None)
-
-
-class _SyncCall:
-    """A sync call waiting for, or running on, the actor's thread."""
-
-    __slots__ = ("is_cancelled",)
-
-    def __init__(self) -> None:
-        self.is_cancelled = False
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
 
 
 class Hosting:
@@ -256,7 +236,7 @@ class Hosting:
         self.loop = loop
         self._hosts: dict[str, ActorHost] = {}
         self._expected: dict[str, list[_Early]] = {}
-        node.host_with(self)
+        node.inbox.calls = self
 
     def on_call(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
         """Route a call to its actor."""
@@ -281,11 +261,9 @@ class Hosting:
             self._refuse(session, call, f"no actor {actor_id.partition('#')[0]!r} here")
 
     def _refuse(self, session: Session, call: Call, reason: str) -> None:
+        session.answer(call, refusal(reason))
         if call.oneway:
-            session.done(call.id)
             logger.error("refused a broadcast from %s: %s", session.peer, reason)
-        else:
-            session.fault(call.id, refusal(reason))
 
     def on_cancel(self, session: Session, call_id: int) -> None:
         """Cancel a call wherever it runs. After the starts of the same round: the call may be among them."""
@@ -295,55 +273,50 @@ class Hosting:
     def _system_call(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
         try:
             if call.endpoint == "spawn":
-                self._spawn(session, call, SPAWN.unpack(call.args, frames, call.blobs)[0])
+                request = SPAWN.unpack(call.args, frames, call.blobs)[0]
+                self._spawn(request, lambda error: session.answer(call, error or _NOTHING))
             elif call.endpoint == "stop":
                 self._stop(session, call, STOP.unpack(call.args, frames, call.blobs)[0])
             elif call.endpoint == "stacks":
-                session.reply(call.id, pack((own_stacks(),)))
+                session.answer(call, pack((own_stacks(),)))
             else:
                 self._refuse(session, call, f"no system call {call.endpoint!r}")
         except WireError as error:
             self._refuse(session, call, str(error))
 
-    def _spawn(self, session: Session, call: Call, request: SpawnRequest) -> None:
+    def _spawn(self, request: SpawnRequest, on_done: OnConstructed) -> None:
         host = self._hosts[request.actor_id] = ActorHost(self, request)
-
-        def on_done(error: ErrorNote | None) -> None:
-            if error is None:
-                session.reply(call.id, pack((None,)))
-            else:
-                session.fault(call.id, error)
-
         for early in self._expected.pop(request.actor_id, []):
             host.accept(*early)
-        host.construct(request, on_done)
+        host.construct(on_done)
 
     def revive(self, request: SpawnRequest) -> None:
         """Construct an actor this process had before it was restarted."""
-        host = self._hosts[request.actor_id] = ActorHost(self, request)
-        me = self.node.me
 
         def on_done(error: ErrorNote | None) -> None:
             if error is not None:
-                detail = f"{request.name}: {error.type_name}: {error.text}"
-                note = FailureNote(
-                    me.mesh, me.rank, me.host, me.pid, "constructor", detail=detail, stacks=error.traceback
-                )
-                self.node.report(note)
+                self.report("constructor", request.name, error)
 
-        host.construct(request, on_done)
+        self._spawn(request, on_done)
+
+    def report(self, cause: str, where: str, error: ErrorNote) -> None:
+        """Tell the owner of this process of an error that ends no awaited call."""
+        detail = f"{where}: {error.type_name}: {error.text}"
+        logger.error("%s\n%s", detail, error.traceback)
+        self.node.report(FailureNote.of(self.node.me, cause, detail, error.traceback))
 
     def _stop(self, session: Session, call: Call, actor_id: str) -> None:
         host = self._hosts.get(actor_id)
 
         async def stop() -> None:
             if host is not None:
-                await host.stop(None)
-            session.reply(call.id, pack((None,)))
+                await host.is_constructed.wait()
+                await host.stop()
+            session.answer(call, _NOTHING)
 
         self._stopping = self.loop.create_task(stop())
 
     async def stop(self) -> None:
         """Stop every actor, the youngest first."""
         for host in reversed(list(self._hosts.values())):
-            await host.stop(None)
+            await host.stop()

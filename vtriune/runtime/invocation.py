@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from vtriune.runtime.actor import Actor, Endpoint, Signature
+from vtriune.runtime.actor import Actor, Endpoint
 from vtriune.runtime.bootstrap import SpawnRequest
-from vtriune.runtime.failure import note_from_error
-from vtriune.transport.codec import Payload, pack
+from vtriune.runtime.signature import Signature
+from vtriune.transport.codec import pack
 from vtriune.transport.errors import MessageRefused
-from vtriune.transport.wire import PLAIN_BYTES, Call, ErrorNote, Limits, PeerRef, WireError
+from vtriune.transport.wire import PLAIN_BYTES, Call, Limits, Payload, PeerRef, WireError
 
 
 def start_now(
@@ -38,11 +38,6 @@ def start_now(
         del patched.call_soon
     context.run(steps[0])
     return task
-
-
-def refusal(text: str) -> ErrorNote:
-    """The answer to a message that cannot be accepted."""
-    return note_from_error(MessageRefused(text))
 
 
 def unpack(
@@ -73,15 +68,13 @@ def pack_result(declared: Endpoint[..., Any], value: Any, call: Call, limits: Li
     signature = declared.signature
     try:
         payload = signature.result.pack((value,))
+        if payload.num_bytes > PLAIN_BYTES or payload.frames:
+            limits.check(payload)
+        return payload
     except TypeError as error:
         raise TypeError(f"{signature.label} returned what its annotation does not allow: {error}") from None
-    if payload.num_bytes > PLAIN_BYTES or payload.frames:
-        try:
-            limits.check(payload)
-        except WireError as error:
-            text = f"{signature.label}: a result of {payload.num_bytes} bytes exceeds a limit: {error}"
-            raise ValueError(text) from None
-    return payload
+    except WireError as error:
+        raise ValueError(f"{signature.label}: a result of {payload.num_bytes} bytes exceeds a limit: {error}") from None
 
 
 def endpoints_of(cls: type[Actor]) -> dict[str, Endpoint[..., Any]]:
@@ -90,21 +83,8 @@ def endpoints_of(cls: type[Actor]) -> dict[str, Endpoint[..., Any]]:
     return {name: value for name, value in named.items() if isinstance(value, Endpoint)}
 
 
-def prepare(cls: type[Actor]) -> None:
-    """Build the schemas of every endpoint, so that no call has to and no constructor of another actor meets msgspec
-    halfway through describing their types.
-
-    Raises:
-        TypeError: an annotation that cannot be resolved or cannot travel.
-    """
-    for declared in endpoints_of(cls).values():
-        declared.signature.build()
-
-
 def construct(cls: type[Actor], request: SpawnRequest) -> Actor:
     """Run a constructor on its encoded arguments; raises what it raises, WireError when they do not fit."""
-    if cls.__init__ is object.__init__:
-        return cls()
     schema = Signature(cls.__init__).arguments(request.num_positional, request.names)
     values = schema.unpack(request.args, request.frames, request.blobs)
     split = request.num_positional

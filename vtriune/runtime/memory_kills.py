@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _SAMPLES = 64
+_PF_EXITING = 0x4
 
 
 class MemoryKills:
@@ -76,10 +77,11 @@ class MemoryKills:
     def _find(self, pid: int) -> Path | None:
         """The file whose line `oom_kill N` counts for this process: `memory.events` of its cgroup (version 2),
         `memory.oom_control` (version 1), or the machine's `vmstat` where neither can be read. None for a process that
-        is gone: the kernel shows a dead one in no cgroup."""
+        is gone or going: the kernel takes it out of its cgroup before it shows it as dead."""
         try:
             lines = (self._proc / str(pid) / "cgroup").read_text().splitlines()
-            if (self._proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+            state, *_, flags = (self._proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[:7]
+            if state in "ZX" or int(flags) & _PF_EXITING:
                 return None
         except OSError:
             return None

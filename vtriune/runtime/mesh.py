@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar, get_args
 
 import msgspec
 
-from vtriune.runtime import context
-from vtriune.runtime.actor import Actor, Endpoint, load_class
+from vtriune.runtime import context, signature
+from vtriune.runtime.actor import Actor, ActorReference, Endpoint
+from vtriune.runtime.class_path import load_class
 from vtriune.runtime.future import CallFuture, Future, GatherFuture, Stream
 from vtriune.runtime.node import Node, this_node
 from vtriune.runtime.shape import Extent, Shaped, ValueMesh
@@ -20,7 +21,7 @@ from vtriune.transport.errors import MeshFailure, MessageRefused
 from vtriune.transport.link import Link
 from vtriune.transport.wire import Call, PeerRef
 
-A = TypeVar("A", bound=Actor)
+A = TypeVar("A", bound=ActorReference)
 
 
 class MeshRef(msgspec.Struct, frozen=True, array_like=True):
@@ -44,20 +45,15 @@ class ActorMesh(Shaped[PeerRef], Generic[A]):
 
     def __init__(
         self,
-        extent: Extent,
-        elements: Sequence[PeerRef],
-        *,
-        name: str,
-        actor_id: str,
-        class_path: str,
-        actor_class: type[Actor] | None,
+        ref: MeshRef,
+        actor_class: type | None,
         spawned: Sequence[CallFuture[None]] = (),
-        stop: Callable[[str], Future[None]] | None = None,
+        stop: Callable[[], Future[None]] | None = None,
     ) -> None:
-        super().__init__(extent, elements)
-        self.name = name
-        self._actor_id = actor_id
-        self._class_path = class_path
+        super().__init__(Extent(ref.labels, ref.sizes), ref.peers)
+        self.name = ref.name
+        self._ref = ref
+        self._actor_id = ref.actor_id
         self._actor_class = actor_class
         self._spawned = spawned
         self._stop = stop
@@ -65,15 +61,8 @@ class ActorMesh(Shaped[PeerRef], Generic[A]):
         self._next_choice = 0
 
     def _with_shape(self, extent: Extent, elements: Sequence[PeerRef]) -> ActorMesh[A]:
-        return ActorMesh(
-            extent,
-            elements,
-            name=self.name,
-            actor_id=self._actor_id,
-            class_path=self._class_path,
-            actor_class=self._actor_class,
-            spawned=self._spawned,
-        )
+        ref = msgspec.structs.replace(self._ref, labels=extent.labels, sizes=extent.sizes, peers=tuple(elements))
+        return ActorMesh(ref, self._actor_class, self._spawned)
 
     def __getattr__(self, name: str) -> BoundEndpoint:
         if name.startswith("__"):
@@ -82,7 +71,7 @@ class ActorMesh(Shaped[PeerRef], Generic[A]):
         if self._actor_class is not None:
             declared = getattr(self._actor_class, name, None)
             if not isinstance(declared, Endpoint):
-                raise AttributeError(f"{self._class_path} has no endpoint {name!r}")
+                raise AttributeError(f"{self._ref.class_path} has no endpoint {name!r}")
         bound = BoundEndpoint(self, name, declared, None if declared is None else declared.deadline_s)
         self.__dict__[name] = bound
         return bound
@@ -92,45 +81,38 @@ class ActorMesh(Shaped[PeerRef], Generic[A]):
         """Done when every rank's constructor has returned; its error is the first constructor's error. At once in a
         process that only received the mesh: a call there waits for the constructor by itself."""
         ready: Future[None] = Future(self._node.reactor)
-        if not self._spawned:
+        if self._spawned:
+            gathered = GatherFuture(self._node.reactor, Extent(["ranks"], [len(self._spawned)]), self._spawned)
+            gathered.add_done_callback(lambda done: ready._settle(error=done._error))
+        else:
             ready._settle()
-            return ready
-        gathered = GatherFuture(self._node.reactor, Extent(["ranks"], [len(self._spawned)]), self._spawned)
-        gathered.add_done_callback(lambda done: ready._settle(error=done._error))
         return ready
 
-    def stop(self, reason: str = "") -> Future[None]:
+    def stop(self) -> Future[None]:
         """Run every actor's `__cleanup__` and end it; its process lives on. Idempotent. Only the spawner may."""
         if self._stop is None:
             raise PermissionError(f"{self.name}: only the process that spawned a mesh may stop it, and only whole")
-        return self._stop(reason)
+        return self._stop()
 
     def to_ref(self) -> MeshRef:
         """The reference that travels in messages."""
-        extent, peers = self._extent, tuple(map(self._node.whereabouts, self._elements))
-        return MeshRef(self.name, self._actor_id, self._class_path, extent.labels, extent.sizes, peers)
+        return msgspec.structs.replace(self._ref, peers=tuple(map(self._node.whereabouts, self._elements)))
 
     def __repr__(self) -> str:
-        return f"ActorMesh({self.name}: {self._class_path}, {self._extent})"
+        return f"ActorMesh({self.name}: {self._ref.class_path}, {self._extent})"
 
 
 def mesh_from_ref(ref: MeshRef, annotation: Any = None) -> ActorMesh[Any]:
     """A mesh that can be called, typed by the annotation or by its class where this process has it imported."""
     declared = next(iter(get_args(annotation)), None)
-    if not (isinstance(declared, type) and issubclass(declared, Actor)):
+    if signature.reference_to(declared) is None:
         module = ref.class_path.rpartition(":")[0]
         declared = load_class(ref.class_path) if module in sys.modules and not module.endswith(".py") else None
-    return ActorMesh(
-        Extent(ref.labels, ref.sizes),
-        ref.peers,
-        name=ref.name,
-        actor_id=ref.actor_id,
-        class_path=ref.class_path,
-        actor_class=declared,
-    )
+    return ActorMesh(ref, declared)
 
 
 codec.register(ActorMesh, codec.WireType(MeshRef, ActorMesh.to_ref, mesh_from_ref))
+signature.references.update({Actor: ActorMesh, ActorReference: ActorMesh})
 
 
 class BoundEndpoint(Endpoint[..., Any]):
@@ -151,7 +133,7 @@ class BoundEndpoint(Endpoint[..., Any]):
     def within(self, deadline_s: float) -> BoundEndpoint:
         return BoundEndpoint(self._mesh, self.name, self._declared, deadline_s)
 
-    def _pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[codec.Payload, tuple[str, ...]]:
+    def _pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[wire.Payload, tuple[str, ...]]:
         """Check and encode the arguments; also their names.
 
         Raises:
@@ -167,13 +149,12 @@ class BoundEndpoint(Endpoint[..., Any]):
             else:
                 schema = signature.by_shape.get(shape) or signature.arguments(*shape)
                 payload = schema.pack(values)
+            if payload.num_bytes > wire.PLAIN_BYTES or payload.frames:
+                self._node.limits.check(payload)
         except TypeError as error:
             raise TypeError(f"{self._label}: {error}") from None
-        if payload.num_bytes > wire.PLAIN_BYTES or payload.frames:
-            try:
-                self._node.limits.check(payload)
-            except wire.WireError as error:
-                raise MessageRefused(f"{self._label}: {error}") from None
+        except wire.WireError as error:
+            raise MessageRefused(f"{self._label}: {error}") from None
         return payload, names
 
     def _deadline(self, call_end: float) -> float:
@@ -182,7 +163,7 @@ class BoundEndpoint(Endpoint[..., Any]):
         return left_s if self.deadline_s is None else min(left_s, self.deadline_s)
 
     def _call(
-        self, peer: PeerRef, link: Link, packed: tuple[codec.Payload, tuple[str, ...]], num_args: int
+        self, peer: PeerRef, link: Link, packed: tuple[wire.Payload, tuple[str, ...]], num_args: int
     ) -> CallFuture[Any]:
         payload, names = packed
         call_end = context.call_end.get()
@@ -230,7 +211,7 @@ class BoundEndpoint(Endpoint[..., Any]):
         return GatherFuture(self._node.reactor, self._mesh.extent, self._call_all(args, kwargs))
 
     def stream(self, *args: Any, **kwargs: Any) -> Stream[Any]:
-        return Stream(self._node.reactor, self._mesh.extent, self._call_all(args, kwargs))
+        return Stream(self._node.reactor, self._call_all(args, kwargs))
 
     def broadcast(self, *args: Any, **kwargs: Any) -> Future[None]:
         self._node.reactor.attach_running_loop()
@@ -254,12 +235,12 @@ class BroadcastFuture(Future[None]):
         self._num_left = num_ranks
 
     def resolve(self, value: Any, parts: Sequence[Any], blobs: Sequence[int]) -> None:
-        """Outcome of a link: handed over."""
+        """From a link: handed over."""
         self._num_left -= 1
         if not self._num_left:
             self._settle()
 
     def fail(self, error: Exception | Any) -> None:
-        """Outcome of a link: the peer is gone, which its owner is told in any case, whether or not anyone awaits this."""
+        """From a link: the peer is gone, which its owner is told in any case, whether or not anyone awaits this."""
         self.mark_seen()
         self._settle(error=error if isinstance(error, MeshFailure) else MessageRefused(str(error)))

@@ -8,27 +8,26 @@ from __future__ import annotations
 import atexit
 import ipaddress
 import itertools
+import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
-from vtriune.runtime.failure import note_from_error
-from vtriune.transport import wire
-from vtriune.transport.errors import MeshFailure, MessageRefused
-from vtriune.transport.folder import SocketFolder
-from vtriune.transport.inbox import Inbox, Session
+from vtriune.runtime import bootstrap as control_channel
+from vtriune.runtime.watcher import ProcessWatcher
+from vtriune.transport.errors import MeshFailure
+from vtriune.transport.folder import SocketFolder, socket_address
+from vtriune.transport.inbox import Inbox
 from vtriune.transport.link import Link
 from vtriune.transport.reactor import Reactor
 from vtriune.transport.security import RunKeys, Security, new_keys
-from vtriune.transport.wire import Back, Call, FailureNote, Gone, Limits, PeerRef
+from vtriune.transport.wire import Back, FailureNote, Gone, Limits, PeerRef
 
-if TYPE_CHECKING:
-    from vtriune.runtime.hosting import Hosting
-    from vtriune.runtime.watcher import Watcher
+logger = logging.getLogger("vtriune.runtime")
 
 SYSTEM = ""
+"""The actor id of calls to the process itself: to spawn or stop an actor, to tell its stacks."""
 
 
 class Node:
@@ -54,51 +53,44 @@ class Node:
         self.folder = folder
         self.keys = keys
         self.reactor = Reactor()
-        self.hosting: Hosting | None = None
         self.security = None if keys is None else Security(self.reactor.context, keys)
         is_tcp = address.startswith("tcp://")
         if is_tcp and self.security is None:
             raise ValueError(f"{address} needs the run's keys: no socket but ipc:// is open to everyone")
-        self.inbox = Inbox(self.reactor, limits, incarnation, self, self.security if is_tcp else None)
-        bound = self.inbox.bind(address)
-        self.me = PeerRef(name, bound, mesh, rank, socket.gethostname(), os.getpid())
+        self.inbox = Inbox(self.reactor, limits, incarnation, self, self.security if is_tcp else None, address)
+        self.me = PeerRef(name, self.inbox.address, mesh, rank, socket.gethostname(), os.getpid())
         self.links: dict[str, Link] = {}
         self._moved: dict[str, PeerRef] = {}
-        self._announced: dict[str, PeerRef] = {}
-        """Those of them that this process restarted and tells others of."""
+        """Where processes that were restarted listen now, by node."""
+        self._announced: dict[str, Back] = {}
+        """Of those that this process restarted: what it tells others."""
         # A restarted process must not be taken for its predecessor: links of both have distinct ids.
         self._link_ids = itertools.count(int.from_bytes(os.urandom(6), "little"))
         self._names = itertools.count(1)
-        self._watcher: Watcher | None = None
+        self._watcher: ProcessWatcher | None = None
         self._lock = threading.Lock()
         # Children of this process by node name: told when a link finds one unreachable.
         self.on_unreachable: dict[str, Callable[[MeshFailure], None]] = {}
+        self.parent: socket.socket | None = None
         self.is_closed = False
 
     @property
-    def watcher(self) -> Watcher:
+    def watcher(self) -> ProcessWatcher:
         """The thread that starts and watches child processes; started when first needed."""
         with self._lock:
             if self._watcher is None:
-                from vtriune.runtime.watcher import Watcher
-
-                self._watcher = Watcher(self.reactor.tick)
+                self._watcher = ProcessWatcher(self.reactor.tick)
             return self._watcher
 
     def unique(self, name: str) -> str:
         """A name no other node or actor of this run has."""
         return f"{name}#{self.me.node}.{next(self._names)}"
 
-    def host_with(self, hosting: Hosting) -> None:
-        """Hand calls to `hosting` from now on."""
-        self.hosting = hosting
-        self.inbox.on_call = hosting.on_call
-
     def address_for(self, name: str) -> str:
         """Where a new process on this machine should listen: beside this one."""
         if self.me.address.startswith("tcp://"):
             return f"{self.me.address.rpartition(':')[0]}:0"
-        return f"ipc://{self.folder}/{name}"
+        return socket_address(self.folder, name)
 
     def link(self, peer: PeerRef) -> Link:
         """The link to a process, opened on first use."""
@@ -108,17 +100,8 @@ class Node:
                 link = self.links.get(peer.node)
                 if link is None:
                     peer = self.whereabouts(peer)
-                    link_id = next(self._link_ids)
-                    link = Link(
-                        self.reactor,
-                        self.limits,
-                        self.me,
-                        peer,
-                        link_id,
-                        self.security,
-                        self._on_lost_peer,
-                        self._tell_moves,
-                    )
+                    ends = self.me, peer, next(self._link_ids), self.security
+                    link = Link(self.reactor, self.limits, *ends, self._on_lost_peer, self._tell_moves)
                     self.links[peer.node] = link
         return link
 
@@ -126,39 +109,27 @@ class Node:
         """Where a process is now: a restarted one listens elsewhere than the one it replaces."""
         return self._moved.get(peer.node, peer)
 
-    def peer_gone(self, node: str, failure: MeshFailure, *, tell: bool, is_restarting: bool = False) -> int:
-        """Fail everything that waits for a process; `tell` the other processes this one has links to.
+    def announce(self, news: Gone | Back) -> int:
+        """A child of this process has failed or runs again: act on it, and tell the processes this one has links to.
 
         Returns the number of calls that ended in the failure.
         """
         with self.reactor.lock:
-            link = self.links.get(node)
-            num_failed = link.fail(failure, is_restarting=is_restarting) if link is not None else 0
-            self.inbox.forget(node)
-            if tell:
-                self._tell_all(Gone(node, failure.note, is_restarting))
-        return num_failed
-
-    def peer_back(self, peer: PeerRef, *, tell: bool) -> None:
-        """A process that had gone runs again at this address."""
-        with self.reactor.lock:
-            self._moved[peer.node] = peer
-            link = self.links.get(peer.node)
-            if link is not None:
-                link.move(peer)
-            if tell:
-                self._announced[peer.node] = peer
-                self._tell_all(Back(peer))
+            num_failed = 0
+            if isinstance(news, Gone):
+                num_failed = self.on_gone(news)
+            else:
+                self._announced[news.peer.node] = news
+                self.on_back(news)
+            for link in self.links.values():
+                if link.failure is None:
+                    link.tell(news)
+            return num_failed
 
     def _tell_moves(self, link: Link) -> None:
         """A process may have been given references before a restart that ended while its link was not open yet."""
-        for peer in self._announced.values():
-            link.tell(Back(peer))
-
-    def _tell_all(self, message: wire.Message) -> None:
-        for link in self.links.values():
-            if link.failure is None:
-                link.tell(message)
+        for news in self._announced.values():
+            link.tell(news)
 
     def _on_lost_peer(self, link: Link, failure: MeshFailure) -> None:
         """A link gave its peer up: if that is a child of ours, its group decides what it means."""
@@ -168,31 +139,29 @@ class Node:
 
     # ---- what the inbox hands on
 
-    def on_call(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
-        """Start a call on the actor it names."""
-        if self.hosting is not None:
-            self.hosting.on_call(session, call, frames)
-        elif call.oneway:
-            session.done(call.id)
-        else:
-            session.fault(call.id, note_from_error(MessageRefused("this process hosts no actors")))
+    def on_gone(self, gone: Gone) -> int:
+        """Fail everything that waits for a process; returns the number of calls that ended so."""
+        with self.reactor.lock:
+            self.inbox.forget(gone.node)
+            link = self.links.get(gone.node)
+            return 0 if link is None else link.fail(MeshFailure(gone.failure))
 
-    def on_cancel(self, session: Session, call_id: int) -> None:
-        """Cancel a running call."""
-        if self.hosting is not None:
-            self.hosting.on_cancel(session, call_id)
-
-    def on_gone(self, gone: Gone) -> None:
-        """A process this one may have calls at has failed."""
-        self.peer_gone(gone.node, MeshFailure(gone.failure), tell=False, is_restarting=gone.restarting)
-
-    def on_back(self, peer: PeerRef) -> None:
-        """It runs again."""
-        self.peer_back(peer, tell=False)
+    def on_back(self, back: Back) -> None:
+        """A process that had gone runs again, perhaps at another address."""
+        with self.reactor.lock:
+            self._moved[back.peer.node] = back.peer
+            link = self.links.get(back.peer.node)
+            if link is not None:
+                link.move(back.peer)
 
     def report(self, note: FailureNote) -> None:
         """An actor failed outside any awaited call: tell its owner, the parent process."""
-        self.watcher.report_to_parent(note)
+        if self.parent is not None:
+            try:
+                control_channel.send(self.parent, control_channel.Report(note))
+            except OSError:
+                # The parent is gone, and this process with it in a moment.
+                logger.error("could not report to the parent: %s", note)
 
     def close(self) -> None:
         """End children, close sockets. Idempotent."""
@@ -248,7 +217,7 @@ def this_node() -> Node:
             if _node is None or _node.is_closed:
                 _folder = SocketFolder()
                 folder = str(_folder.path)
-                address = f"tcp://{_bind}:0" if _bind else f"ipc://{folder}/root"
+                address = f"tcp://{_bind}:0" if _bind else socket_address(folder, "root")
                 _node = Node("root", "root", 0, address, _limits, new_keys() if _bind else None, folder)
                 atexit.register(shutdown)
             node = _node

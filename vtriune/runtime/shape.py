@@ -6,6 +6,7 @@ extent: the last dimension varies fastest.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,9 @@ class Extent(Mapping[str, int]):
         return math.prod(self.sizes)
 
     def __getitem__(self, label: str) -> int:
-        return self.sizes[self.labels.index(label)] if label in self.labels else self._unknown(label)
+        if label not in self.labels:
+            raise KeyError(f"no dimension {label!r}; this mesh has {list(self.labels)}")
+        return self.sizes[self.labels.index(label)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.labels)
@@ -45,9 +48,6 @@ class Extent(Mapping[str, int]):
 
     def __repr__(self) -> str:
         return f"Extent({', '.join(f'{label}={size}' for label, size in self.items())})"
-
-    def _unknown(self, label: str) -> int:
-        raise KeyError(f"no dimension {label!r}; this mesh has {list(self.labels)}")
 
 
 # Of a mesh of one.
@@ -66,12 +66,8 @@ class Point(Mapping[str, int]):
         self.extent = extent
 
     def __getitem__(self, label: str) -> int:
-        stride = 1
-        for name, size in zip(reversed(self.extent.labels), reversed(self.extent.sizes), strict=True):
-            if name == label:
-                return self.rank // stride % size
-            stride *= size
-        raise KeyError(f"no dimension {label!r}; this mesh has {list(self.extent.labels)}")
+        size, axis = self.extent[label], self.extent.labels.index(label)
+        return self.rank // math.prod(self.extent.sizes[axis + 1 :]) % size
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.extent.labels)
@@ -83,13 +79,8 @@ class Point(Mapping[str, int]):
         """Size of one dimension of the extent this point lies in."""
         return self.extent[label]
 
-    def __index__(self) -> int:
-        return self.rank
-
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Point):
-            return self.rank == other.rank and dict(self.extent) == dict(other.extent)
-        return NotImplemented
+        return isinstance(other, Point) and (self.rank, self.extent) == (other.rank, other.extent)
 
     def __hash__(self) -> int:
         return hash((self.rank, self.extent.sizes))
@@ -109,8 +100,10 @@ class Shaped(Generic[T]):
         self._elements = tuple(elements)
 
     def _with_shape(self, extent: Extent, elements: Sequence[T]) -> Self:
-        """The same kind of mesh over a selection of its elements."""
-        return type(self)(extent, elements)
+        """This mesh over a selection of its elements."""
+        mesh = copy.copy(self)
+        mesh._extent, mesh._elements = extent, tuple(elements)
+        return mesh
 
     @property
     def extent(self) -> Extent:
@@ -126,9 +119,7 @@ class Shaped(Generic[T]):
         """Number of elements, or the size of one dimension, or the product over several."""
         if dim is None:
             return self._extent.nelements
-        if isinstance(dim, str):
-            return self._extent[dim]
-        return math.prod(self._extent[label] for label in dim)
+        return math.prod(self._extent[label] for label in ([dim] if isinstance(dim, str) else dim))
 
     def __len__(self) -> int:
         return self._extent.nelements
@@ -200,24 +191,20 @@ class Shaped(Generic[T]):
             sizes += [given.get(name, size // known) for name in names]
         return self._with_shape(Extent(labels, sizes), self._elements)
 
-    def _points(self) -> Iterator[tuple[Point, T]]:
-        for rank, element in enumerate(self._elements):
-            yield Point(rank, self._extent), element
-
 
 class ValueMesh(Shaped[T]):
     """What `call` brings back: one value per rank, addressed like the mesh that was called."""
 
     def items(self) -> Iterator[tuple[Point, T]]:
         """Pairs (point, value) in rank order."""
-        return self._points()
+        return ((Point(rank, self._extent), value) for rank, value in enumerate(self._elements))
 
     def values(self) -> Iterator[T]:
         """Values in rank order."""
         return iter(self._elements)
 
     def __iter__(self) -> Iterator[tuple[Point, T]]:
-        return self._points()
+        return self.items()
 
     def item(self, **place: int) -> T:
         """The value at one place: every dimension named. Without dimensions, the only value."""

@@ -85,10 +85,11 @@ def _title(pid: int) -> str:
 
 
 def state(pid: int) -> str:
-    """The kernel's one-letter state, spelled out: running, sleeping, stopped, ... or gone."""
+    """The kernel's state in psutil's words: running, sleeping, stopped, tracing-stop, ... or gone."""
+    # Here, since no call needs it: every process of a run imports this module.
+    import psutil
+
     try:
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+        return str(psutil.Process(pid).status())
+    except psutil.NoSuchProcess:
         return "gone"
-    names = {"R": "running", "S": "sleeping", "D": "waiting for a device", "T": "stopped", "t": "traced", "Z": "dead"}
-    return names.get(letter, letter)

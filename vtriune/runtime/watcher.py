@@ -1,5 +1,4 @@
-"""The thread that starts this process's children and learns of their end at once. One per process that has children,
-and in every worker, where it also passes failures on to the parent.
+"""The thread that starts this process's children and learns of their end at once. One per process that has children.
 
 Children are started by this thread because the kernel ties "die with the parent" to the starting thread, which must
 live as long as the process. Their exit is seen through pidfds, without polling.
@@ -12,15 +11,14 @@ import logging
 import os
 import queue
 import selectors
-import socket
+import signal
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from vtriune.runtime import bootstrap as control_channel
+from vtriune.runtime.bootstrap import LEFT_TO_ROOT
 from vtriune.runtime.memory_kills import MemoryKills
-from vtriune.transport.wire import FailureNote
 
 logger = logging.getLogger("vtriune.runtime")
 
@@ -28,7 +26,7 @@ TICK_S = 0.1
 _SAMPLE_EVERY_S = 1.0
 
 
-class Watcher:
+class ProcessWatcher:
     """A daemon thread with a selector, a queue of things to do, and a slow tick.
 
     Args:
@@ -39,14 +37,13 @@ class Watcher:
         self._on_tick = on_tick
         self._selector = selectors.DefaultSelector()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._selector.register(self._wake_fd, selectors.EVENT_READ, self._on_wake)
+        self._selector.register(self._wake_fd, selectors.EVENT_READ, lambda: os.eventfd_read(self._wake_fd))
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._at_close: list[Callable[[], None]] = []
         self.memory_kills = MemoryKills()
         self._sampled_at = 0.0
         self._is_closing = False
-        self.parent: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, name="vtriune-watcher", daemon=True)
         self._thread.start()
 
@@ -72,19 +69,9 @@ class Watcher:
         """Have `action` called when the process shuts down."""
         self._at_close.append(action)
 
-    def report_to_parent(self, note: FailureNote) -> None:
-        """Pass a failure to the owner of this process."""
-        if self.parent is not None:
-            try:
-                control_channel.send(self.parent, control_channel.Report(note))
-            except OSError:
-                # The parent is gone, and this process with it in a moment.
-                logger.error("could not report to the parent: %s", note)
-
-    def _on_wake(self) -> None:
-        os.eventfd_read(self._wake_fd)
-
     def _run(self) -> None:
+        # Children start with what is blocked here, and so lose no race between their start and their own handling of it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_ROOT)
         while not self._is_closing:
             for key, _ in self._selector.select(TICK_S):
                 self._guard(key.data)
@@ -116,7 +103,9 @@ class Watcher:
         if threading.current_thread() is self._thread:
             self._is_closing = True
         elif self._thread.is_alive():
-            self.do(self._end)
+            # The thread may end by itself meanwhile, and with it what wakes it.
+            with contextlib.suppress(OSError):
+                self.do(self._end)
             self._thread.join(timeout=5.0)
 
     def _end(self) -> None:

@@ -10,17 +10,17 @@ No class is ever named by the sender: the receiver's annotations decide what is 
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 import msgspec
 
-from vtriune.transport.wire import MAX_NESTING, WireError
-
-Buffer: TypeAlias = bytes | bytearray | memoryview
+from vtriune.transport.wire import MAX_NESTING, Buffer, Payload, WireError
 
 INLINE_BYTES = 8192
 _MAX_DIMENSIONS = 32
@@ -36,15 +36,6 @@ _BLOB_TYPES = (bytes, bytearray, memoryview)
 # build then crashes on its first message. So decoders are built by one thread at a time; those that exist may be used
 # by any. Reentrant, because resolving annotations may import modules that build decoders of their own.
 _building = threading.RLock()
-
-
-class Payload(msgspec.Struct, gc=False):
-    """An encoded argument list or result: a msgpack array, the frames beside it, and which items are whole frames."""
-
-    body: bytes
-    frames: Sequence[Buffer]
-    blobs: tuple[int, ...]
-    num_bytes: int
 
 
 class WireType(NamedTuple):
@@ -106,6 +97,17 @@ def _array_to_wire(array: Any) -> tuple[str, tuple[int, ...], bytes | int]:
 _ArrayWire = tuple[str, tuple[int, ...], bytes | int]
 
 
+@functools.lru_cache(maxsize=64)
+def _dtype(name: str) -> Any:
+    """None for what is no plain dtype. Remembered: a group has two arrays a completion."""
+    import numpy as np
+
+    try:
+        return np.dtype(name) if _DTYPE_NAME.fullmatch(name) else None
+    except TypeError:
+        return None
+
+
 def _array_from_wire(wire: Any, annotation: Any) -> Any:
     import numpy as np
 
@@ -113,10 +115,7 @@ def _array_from_wire(wire: Any, annotation: Any) -> Any:
         array = wire
     else:
         dtype_name, shape, source = msgspec.convert(wire, _ArrayWire)
-        try:
-            dtype = np.dtype(dtype_name) if _DTYPE_NAME.fullmatch(dtype_name) else None
-        except TypeError:
-            dtype = None
+        dtype = _dtype(dtype_name)
         if dtype is None:
             raise ValueError(f"unknown array dtype {dtype_name[:32]!r}")
         if len(shape) > _MAX_DIMENSIONS or any(not 0 <= size <= _MAX_SIZE for size in shape):
@@ -124,9 +123,7 @@ def _array_from_wire(wire: Any, annotation: Any) -> Any:
         if isinstance(source, int) and not 0 <= source < len(_frames.incoming):
             raise ValueError(f"array names frame {source}, the message has {len(_frames.incoming)}")
         buffer = memoryview(_frames.incoming[source] if isinstance(source, int) else source)
-        num_items = 1
-        for size in shape:
-            num_items *= size
+        num_items = math.prod(shape)
         if num_items * dtype.itemsize != buffer.nbytes:
             raise ValueError(f"array of shape {shape} and dtype {dtype_name} does not fit {buffer.nbytes} bytes")
         array = np.frombuffer(buffer, dtype).reshape(shape) if num_items else np.empty(shape, dtype)
@@ -156,8 +153,7 @@ _encode = msgspec.msgpack.Encoder(enc_hook=_encode_hook).encode
 def pack(values: Sequence[Any]) -> Payload:
     """Encode an argument list or, as a list of one, a result.
 
-    Raises:
-        TypeError: a value of a type that cannot travel.
+    Raises TypeError: a value of a type that cannot travel.
     """
     frames: list[Buffer] = []
     blobs: list[int] = []
@@ -199,11 +195,7 @@ class Schema:
         self._is_frameless = _FRAMELESS.issuperset(self._plain)
 
     def pack(self, values: Sequence[Any]) -> Payload:
-        """Check and encode.
-
-        Raises:
-            TypeError: an item does not fit; the text names it.
-        """
+        """Check and encode. Raises TypeError: an item does not fit; the text names it."""
         if tuple(map(type, values)) != self._plain:
             self.check(values)
         elif self._is_frameless:
@@ -220,11 +212,7 @@ class Schema:
             raise TypeError(self._named(str(error))) from None
 
     def unpack(self, body: bytes | msgspec.Raw, frames: Sequence[Any], blobs: Sequence[int]) -> tuple[Any, ...]:
-        """Read a payload.
-
-        Raises:
-            WireError: it does not fit; the text names the item and field.
-        """
+        """Read a payload. Raises WireError: it does not fit; the text names the item and field."""
         num_blobs = len(blobs)
         if num_blobs > len(frames):
             raise WireError(f"{num_blobs} byte strings announced, {len(frames)} frames came")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from vtriune.transport.frames import NOBLOCK, has_input, receive, send, send_part
 from vtriune.transport.reactor import Reactor
+from vtriune.transport.security import Security
 from vtriune.transport.wire import Limits
 
 HEARTBEAT_S = 5.0
@@ -19,12 +20,16 @@ _REJECTED = (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCO
 _LOST = (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
 
 
-class ClientSecurity(Protocol):
-    """Sets a connecting socket's keys."""
-
-    def secure_client(self, socket: Any) -> None:
-        """Apply them before connecting."""
-        ...
+def set_options(socket: Any, limits: Limits, own: dict[zmq.SocketOption, int]) -> None:
+    """What the sockets of both ends have in common, and what is one's own. Credit bounds what waits to be sent, not libzmq."""
+    common = {
+        zmq.SNDHWM: 0,
+        zmq.MAXMSGSIZE: limits.frame_bytes,
+        zmq.HEARTBEAT_IVL: int(HEARTBEAT_S * 1000),
+        zmq.HEARTBEAT_TIMEOUT: int(SILENCE_S * 1000),
+    }
+    for option, value in (common | own).items():
+        socket.setsockopt(option, value)
 
 
 class Connection:
@@ -39,7 +44,7 @@ class Connection:
         reactor: Reactor,
         limits: Limits,
         address: str,
-        security: ClientSecurity | None,
+        security: Security | None,
         on_message: Callable[[list[Any]], None],
         on_lost: Callable[[bool], None],
     ) -> None:
@@ -48,17 +53,7 @@ class Connection:
         self._on_message = on_message
         self._on_lost = on_lost
         socket = reactor.context.socket(zmq.DEALER)
-        options: tuple[tuple[int, int], ...] = (
-            (zmq.SNDHWM, 0),
-            (zmq.RCVHWM, 0),
-            (zmq.LINGER, 0),
-            (zmq.RECONNECT_IVL, -1),
-            (zmq.MAXMSGSIZE, limits.frame_bytes),
-            (zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000)),
-            (zmq.HEARTBEAT_TIMEOUT, int(SILENCE_S * 1000)),
-        )
-        for option, value in options:
-            socket.setsockopt(option, value)
+        set_options(socket, limits, {zmq.RCVHWM: 0, zmq.LINGER: 0, zmq.RECONNECT_IVL: -1})
         if security is not None and not address.startswith("ipc://"):
             security.secure_client(socket)
         self.socket: Any = socket

@@ -6,70 +6,36 @@ import signal as signals
 
 from vtriune.transport.wire import FailureNote
 
-# exit: ended by itself. signal: killed. oom: killed for memory. frozen: stopped, not dead. unreachable: no connection.
-# constructor, exception: the process lives, its actor failed. stopped: ended by its owner. stalled: no progress.
-CAUSES = ("exit", "signal", "oom", "frozen", "unreachable", "constructor", "exception", "stopped", "stalled", "launch")
+# What is said of each cause, beside `exit` (ended by itself), `signal` (killed) and `oom` (killed for memory).
+_CAUSES = {
+    "frozen": "is frozen: stopped by a signal, neither dead nor answering",
+    "unreachable": "cannot be reached",
+    "constructor": "failed in its actor's constructor",
+    "exception": "failed in an endpoint nobody awaits",
+    "stopped": "has been stopped",
+    "launch": "did not start",
+}
 
 
 class MeshFailure(RuntimeError):
     """A process or actor of a mesh has failed.
 
     Raised by every call that was waiting for it and by later ones; passed to its owner's `__supervise__`.
+
+        mesh_name, rank, host    where: the process mesh's name is its role
+        pid                      0 when it never started
+        cause                    exit, signal, oom, frozen, unreachable, constructor, exception, stopped or launch
+        exit_code, signal        of a process that ended by itself; the number of the signal that killed it
+        is_restarting            its owner is bringing the process back
+        log_tail, stacks         last lines of its log, Python stacks of its threads, where they could be had
     """
 
     def __init__(self, note: FailureNote) -> None:
         super().__init__(note)
         self.note = note
-
-    @property
-    def mesh_name(self) -> str:
-        """Name of the process mesh, which is its role."""
-        return self.note.mesh
-
-    @property
-    def rank(self) -> int:
-        """Rank within the mesh."""
-        return self.note.rank
-
-    @property
-    def host(self) -> str:
-        """Host the process ran on."""
-        return self.note.host
-
-    @property
-    def pid(self) -> int:
-        """Process id; 0 when it never started."""
-        return self.note.pid
-
-    @property
-    def cause(self) -> str:
-        """One of CAUSES."""
-        return self.note.cause
-
-    @property
-    def exit_code(self) -> int | None:
-        """Exit code, when it ended by itself."""
-        return self.note.exit_code
-
-    @property
-    def signal(self) -> int | None:
-        """Number of the signal that killed it."""
-        return self.note.signal
-
-    @property
-    def log_tail(self) -> tuple[str, ...]:
-        """Last lines of its log."""
-        return self.note.log_tail
-
-    @property
-    def is_restarting(self) -> bool:
-        """Whether its owner is bringing the process back."""
-        return self.note.is_restarting
-
-    @property
-    def stacks(self) -> str:
-        """Python stacks of its threads, where they could be had."""
-        return self.note.stacks
+        self.mesh_name, self.rank, self.host, self.pid = note.mesh, note.rank, note.host, note.pid
+        self.cause, self.exit_code, self.signal = note.cause, note.exit_code, note.signal
+        self.is_restarting, self.log_tail, self.stacks = note.is_restarting, note.log_tail, note.stacks
 
     def __str__(self) -> str:
         note = self.note
@@ -83,15 +49,7 @@ class MeshFailure(RuntimeError):
             name = signals.Signals(note.signal).name if note.signal in signals.valid_signals() else str(note.signal)
             what = f"was killed by {name}" + (" (out of memory)" if note.cause == "oom" else "")
         else:
-            what = {
-                "frozen": "is frozen: stopped by a signal, neither dead nor answering",
-                "unreachable": "cannot be reached",
-                "constructor": "failed in its actor's constructor",
-                "exception": "failed in an endpoint nobody awaits",
-                "stopped": "has been stopped",
-                "stalled": "makes no progress",
-                "launch": "did not start",
-            }.get(note.cause, note.cause)
+            what = _CAUSES.get(note.cause, note.cause)
         if note.is_restarting:
             what += " and is being restarted"
         return f"{what}: {note.detail}" if note.detail else what

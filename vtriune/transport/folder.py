@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 _PREFIX = "vtriune-"
+_MAX_SOCKET_PATH = 107
 # Waits until its stdin closes, then removes the folder. Its own session keeps it clear of a terminal's Ctrl-C.
 _REAPER = 'trap "" INT TERM HUP; read -r _; rm -rf -- "$1"'
 
@@ -37,13 +38,6 @@ class SocketFolder:
             start_new_session=True,
         )
 
-    def address(self, name: str) -> str:
-        """An `ipc://` address in the folder. Raises ValueError where the path exceeds what a Unix socket can have."""
-        address = f"ipc://{self.path}/{name}"
-        if len(address) - len("ipc://") > 107:
-            raise ValueError(f"{self.path} is too deep for a Unix socket: set TMPDIR to a shorter path")
-        return address
-
     def remove(self) -> None:
         """Remove the folder and end its reaper. Idempotent; a forked copy of the owner does nothing."""
         if os.getpid() != self._owner_pid:
@@ -54,15 +48,20 @@ class SocketFolder:
         self._reaper.wait()
 
 
-def sweep(base: Path) -> list[Path]:
-    """Remove this user's folders whose owner is no longer alive; returns them."""
-    removed = []
+def socket_address(folder: str | Path, name: str) -> str:
+    """An `ipc://` address in a socket folder. Raises ValueError where the path exceeds what a Unix socket can have."""
+    path = f"{folder}/{name}"
+    if len(path.encode()) > _MAX_SOCKET_PATH:
+        raise ValueError(f"{path} is too long for a Unix socket: set TMPDIR to a shorter path, or use a shorter name")
+    return f"ipc://{path}"
+
+
+def sweep(base: Path) -> None:
+    """Remove this user's folders whose owner is no longer alive."""
     for path in base.glob(f"{_PREFIX}{os.getuid()}-*-*-*"):
         pid, ticks = path.name.split("-")[2:4]
         if pid.isdigit() and ticks.isdigit() and _start_ticks(int(pid)) != int(ticks):
             shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
-    return removed
 
 
 def _start_ticks(pid: int) -> int:

@@ -26,8 +26,7 @@ _COPY_BYTES = 1 << 16
 def send(socket: Any, heads: Sequence[bytes], frames: Sequence[Any] = ()) -> None:
     """Send one message: `heads` by copy, then `frames`, large ones without.
 
-    Raises:
-        zmq.ZMQError: EAGAIN without a connection, EHOSTUNREACH from a router whose peer is gone. Nothing was sent.
+    Raises zmq.ZMQError: EAGAIN without a connection, EHOSTUNREACH from a router whose peer is gone. Nothing was sent.
     """
     last_head = NOBLOCK_MORE if frames else NOBLOCK
     for index, head in enumerate(heads, 1):

@@ -17,25 +17,11 @@ import msgspec
 import zmq
 
 from vtriune.transport import wire
-from vtriune.transport.codec import Payload
-from vtriune.transport.connection import HEARTBEAT_S, SILENCE_S, Monitor
+from vtriune.transport.connection import Monitor, set_options
 from vtriune.transport.frames import NOBLOCK, NOBLOCK_MORE, has_input, receive, send, send_part
 from vtriune.transport.reactor import Reactor
-from vtriune.transport.wire import (
-    Back,
-    Call,
-    Cancel,
-    Done,
-    ErrorNote,
-    Fault,
-    Gone,
-    Hello,
-    Limits,
-    PeerRef,
-    Refused,
-    Reply,
-    Welcome,
-)
+from vtriune.transport.security import Security
+from vtriune.transport.wire import Back, Call, Done, ErrorNote, Fault, Gone, Limits, Payload, PeerRef, Reply
 
 logger = logging.getLogger("vtriune.runtime")
 
@@ -47,65 +33,57 @@ _REFUSALS = (
 )
 
 
-class Receiver(Protocol):
-    """What the process does with messages. Called under the reactor's lock: must not block."""
+class CallReceiver(Protocol):
+    """What the process does with calls. Called under the reactor's lock: must not block."""
 
     def on_call(self, session: Session, call: Call, frames: Sequence[Any]) -> None:
-        """Start a call; it ends with one of the session's `reply`, `fault` or `done`."""
+        """Start a call; it ends with the session's `answer`."""
         ...
 
     def on_cancel(self, session: Session, call_id: int) -> None:
         """The caller gave up."""
         ...
 
-    def on_gone(self, gone: Gone) -> None:
-        """A process somewhere has failed."""
+
+class NewsReceiver(Protocol):
+    """What the process does with news of other processes. Called under the reactor's lock: must not block."""
+
+    def on_gone(self, gone: Gone) -> int:
+        """A process somewhere has failed; returns the number of calls that ended so."""
         ...
 
-    def on_back(self, peer: PeerRef) -> None:
+    def on_back(self, back: Back) -> None:
         """It runs again."""
-        ...
-
-
-class ServerSecurity(Protocol):
-    """Sets a bound socket's keys and admits known clients."""
-
-    def secure_server(self, socket: Any) -> None:
-        """Apply them before binding."""
         ...
 
 
 class Session:
     """One peer's link into this inbox; it outlives a dropped connection."""
 
-    __slots__ = ("_done_ids", "_inbox", "identity", "last_id", "link", "num_refused", "num_unfinished", "peer")
+    __slots__ = ("_inbox", "done_ids", "has_been_refused", "identity", "last_id", "num_unfinished", "peer")
 
-    def __init__(self, inbox: Inbox, identity: bytes, peer: PeerRef, link: int) -> None:
+    def __init__(self, inbox: Inbox, identity: bytes, peer: PeerRef) -> None:
         self._inbox = inbox
         self.identity = identity
         self.peer = peer
-        self.link = link
         self.last_id = 0
         self.num_unfinished = 0
-        self.num_refused = 0
-        self._done_ids: list[int] = []
+        self.has_been_refused = False
+        self.done_ids: list[int] = []
 
-    def reply(self, call_id: int, payload: Payload) -> None:
-        """Answer with a value: a payload of one item."""
-        header = wire.encode(Reply(call_id, msgspec.Raw(payload.body), payload.blobs))
-        self._inbox.send(self, header, payload.frames)
-
-    def fault(self, call_id: int, error: ErrorNote) -> None:
-        """Answer with an exception."""
-        self._inbox.send(self, wire.encode(Fault(call_id, error)), ())
-
-    def done(self, call_id: int) -> None:
-        """A one-way call has finished. Sent in batches."""
-        self._inbox.done_soon(self, call_id)
+    def answer(self, call: Call, answer: Payload | ErrorNote) -> None:
+        """End a call: with a value, which is a payload of one item, or an exception; a one-way call with neither."""
+        if call.oneway:
+            self._inbox.done_soon(self, call.id)
+        elif isinstance(answer, ErrorNote):
+            self._inbox.send(self, wire.encode(Fault(call.id, answer)), ())
+        else:
+            header = wire.encode(Reply(call.id, msgspec.Raw(answer.body), answer.blobs))
+            self._inbox.send(self, header, answer.frames)
 
     def flush_done(self) -> None:
         """Send the batch."""
-        ids, self._done_ids = self._done_ids, []
+        ids, self.done_ids = self.done_ids, []
         if ids:
             self._inbox.send(self, wire.encode(Done(tuple(ids))), (), num_answered=0)
 
@@ -118,45 +96,32 @@ class Inbox:
         reactor: Reactor,
         limits: Limits,
         incarnation: int,
-        receiver: Receiver,
-        security: ServerSecurity | None,
+        news: NewsReceiver,
+        security: Security | None,
+        address: str,
     ) -> None:
         self._reactor = reactor
         self._limits = limits
         self._incarnation = incarnation
-        self._receiver = receiver
-        self.on_call = receiver.on_call
+        self._news = news
+        self.calls: CallReceiver | None = None
+        """None in a process that hosts no actors."""
         self._by_identity: dict[bytes, Session] = {}
         self._by_link: dict[tuple[str, int], Session] = {}
         self._undone: dict[Session, None] = {}
         self.num_refused = 0
-        socket = reactor.context.socket(zmq.ROUTER)
-        options: tuple[tuple[int, int], ...] = (
-            (zmq.SNDHWM, 0),
-            (zmq.RCVHWM, 2 * limits.credit_messages),
-            (zmq.LINGER, 200),
-            (zmq.ROUTER_MANDATORY, 1),
-            (zmq.MAXMSGSIZE, limits.frame_bytes),
-            (zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000)),
-            (zmq.HEARTBEAT_TIMEOUT, int(SILENCE_S * 1000)),
-            (zmq.BACKLOG, 1024),
-        )
-        for option, value in options:
-            socket.setsockopt(option, value)
+        self.socket: Any = reactor.context.socket(zmq.ROUTER)
+        own = {zmq.RCVHWM: 2 * limits.credit_messages, zmq.LINGER: 200, zmq.ROUTER_MANDATORY: 1, zmq.BACKLOG: 1024}
+        set_options(self.socket, limits, own)
         self._monitor: Monitor | None = None
         if security is not None:
-            security.secure_server(socket)
-            self._monitor = Monitor(reactor, socket, sum(_REFUSALS), self._count_refusal)
-        self.socket: Any = socket
-        self.fd = int(socket.getsockopt(zmq.FD))
-        self.address = ""
-
-    def bind(self, address: str) -> str:
-        """Listen; returns the address peers connect to (a port of 0 is resolved)."""
+            security.secure_server(self.socket)
+            self._monitor = Monitor(reactor, self.socket, sum(_REFUSALS), self._count_refusal)
+        self.fd = int(self.socket.getsockopt(zmq.FD))
         self.socket.bind(address)
-        self.address = self.socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
-        self._reactor.register(self)
-        return self.address
+        # Where peers connect to: a port of 0 is resolved.
+        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        reactor.register(self)
 
     def read_one(self, is_likely: bool) -> bool:
         """Handle one message; without one, send what is owed for finished one-way calls.
@@ -178,22 +143,23 @@ class Inbox:
         try:
             if len(parts) < 2 or len(parts[1]) > self._limits.header_bytes:
                 raise wire.WireError("no header, or one over the limit")
-            message = wire.read(parts[1])
-        except (wire.WireError, *wire.MALFORMED) as error:
-            self._refuse(identity, session, f"not a message of protocol {wire.PROTOCOL}: {error}")
+            message = wire.decode(parts[1])
+        except wire.WireError as error:
+            self._refuse(identity, session, str(error))
             return
         if type(message) is Call and session is not None:
             self._accept(session, message, parts)
-        elif isinstance(message, Hello):
+        elif isinstance(message, wire.Hello):
             self._greet(identity, message)
         elif session is None:
             self._refuse(identity, None, "say Hello first")
-        elif isinstance(message, Cancel):
-            self._receiver.on_cancel(session, message.id)
+        elif isinstance(message, wire.Cancel):
+            if self.calls is not None:
+                self.calls.on_cancel(session, message.id)
         elif isinstance(message, Gone):
-            self._receiver.on_gone(message)
+            self._news.on_gone(message)
         elif isinstance(message, Back):
-            self._receiver.on_back(message.peer)
+            self._news.on_back(message)
         else:
             self._refuse(identity, session, f"{type(message).__name__} is not for an inbox")
 
@@ -205,14 +171,17 @@ class Inbox:
         session.num_unfinished += 1
         if session.num_unfinished > self._limits.credit_messages:
             # A peer that overdraws its credit is not ours or is broken.
-            session.fault(call.id, _refusal(f"{call.endpoint}: {self._limits.credit_messages} calls are unfinished"))
+            reason = f"{self._limits.credit_messages} calls are unfinished"
+        elif len(parts) - 2 > self._limits.frames:
+            reason = f"more than {self._limits.frames} frames"
+        elif self.calls is None:
+            reason = "this process hosts no actors"
+        else:
+            self.calls.on_call(session, call, parts[2:])
             return
-        if len(parts) - 2 > self._limits.frames:
-            session.fault(call.id, _refusal(f"{call.endpoint}: more than {self._limits.frames} frames"))
-            return
-        self.on_call(session, call, parts[2:])
+        session.answer(call, wire.refusal(f"{call.endpoint}: {reason}"))
 
-    def _greet(self, identity: bytes, hello: Hello) -> None:
+    def _greet(self, identity: bytes, hello: wire.Hello) -> None:
         if hello.protocol != wire.PROTOCOL:
             self._refuse(
                 identity, None, f"protocol {hello.protocol} is not {wire.PROTOCOL}: use one version of vtriune"
@@ -221,25 +190,24 @@ class Inbox:
         key = (hello.sender.node, hello.link)
         session = self._by_link.get(key)
         if session is None:
-            session = self._by_link[key] = Session(self, identity, hello.sender, hello.link)
+            session = self._by_link[key] = Session(self, identity, hello.sender)
         self._by_identity.pop(session.identity, None)
         session.identity = identity
         self._by_identity[identity] = session
         credit = self._limits.credit_messages, self._limits.credit_bytes
-        welcome = Welcome(wire.PROTOCOL, os.getpid(), self._incarnation, session.last_id, *credit)
+        welcome = wire.Welcome(wire.PROTOCOL, os.getpid(), self._incarnation, session.last_id, *credit)
         self.send(session, wire.encode(welcome), (), num_answered=0)
 
     def _refuse(self, identity: bytes, session: Session | None, reason: str) -> None:
         """Strangers are counted and told nothing they could use; a known peer keeps its session, and the log names it
         once: garbage in numbers must not fill a disk."""
         self.num_refused += 1
-        if session is not None:
-            session.num_refused += 1
-            if session.num_refused == 1:
-                logger.warning("refused a message from %s: %s; more of its kind are counted only", session.peer, reason)
         if session is None:
             with contextlib.suppress(zmq.ZMQError):
-                send(self.socket, (identity, wire.encode(Refused(reason))))
+                send(self.socket, (identity, wire.encode(wire.Refused(reason))))
+        elif not session.has_been_refused:
+            session.has_been_refused = True
+            logger.warning("refused a message from %s: %s; more of its kind are counted only", session.peer, reason)
 
     def send(self, session: Session, header: bytes, frames: Sequence[Any], num_answered: int = 1) -> None:
         """Send to a peer. An answer to a peer that is gone has no reader and is dropped."""
@@ -263,9 +231,9 @@ class Inbox:
         """Tell the peer, with the next batch, that a one-way call has finished."""
         with self._reactor.lock:
             session.num_unfinished -= 1
-            session._done_ids.append(call_id)
+            session.done_ids.append(call_id)
             self._undone[session] = None
-            if len(session._done_ids) >= _DONE_BATCH:
+            if len(session.done_ids) >= _DONE_BATCH:
                 session.flush_done()
             else:
                 self._reactor.check_after_send(self, has_input, is_likely=True)
@@ -292,7 +260,3 @@ class Inbox:
         if self._monitor is not None:
             self._monitor.close()
         self.socket.close()
-
-
-def _refusal(text: str) -> ErrorNote:
-    return ErrorNote("refused", "vtriune.transport.errors.MessageRefused", text, "")

@@ -12,6 +12,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,43 +20,17 @@ from typing import Any
 import msgspec
 
 from vtriune.transport import wire
-from vtriune.transport.codec import Payload
-from vtriune.transport.connection import ClientSecurity, Connection
+from vtriune.transport.connection import Connection
 from vtriune.transport.errors import BacklogFull, ConnectionLost, DeadlineExceeded, MeshFailure
-from vtriune.transport.outstanding import Credit, Outcome, Outstanding
-from vtriune.transport.reactor import Reactor, Timer
-from vtriune.transport.wire import (
-    Call,
-    Cancel,
-    Done,
-    FailureNote,
-    Fault,
-    Hello,
-    Limits,
-    PeerRef,
-    Refused,
-    Reply,
-    Welcome,
-)
+from vtriune.transport.outstanding import Credit, Outstanding, Promise
+from vtriune.transport.reactor import Reactor
+from vtriune.transport.security import Security
+from vtriune.transport.wire import Call, Done, FailureNote, Fault, Limits, Payload, PeerRef, Reply
 
 RECONNECT_S = 1.0
 CONNECT_S = 20.0
 RETRY_S = 0.05
 RESTART_RETRY_S = 0.2
-
-
-class _Room:
-    """What a thread that waits for credit waits for."""
-
-    __slots__ = ("_link", "_num_bytes")
-
-    def __init__(self, link: Link, num_bytes: int) -> None:
-        self._link = link
-        self._num_bytes = num_bytes
-
-    @property
-    def is_done(self) -> bool:
-        return self._link.has_room(self._num_bytes)
 
 
 class Link:
@@ -68,7 +43,7 @@ class Link:
         me: PeerRef,
         peer: PeerRef,
         link_id: int,
-        security: ClientSecurity | None,
+        security: Security | None,
         on_failure: Callable[[Link, MeshFailure], None] | None = None,
         on_open: Callable[[Link], None] | None = None,
     ) -> None:
@@ -87,7 +62,6 @@ class Link:
         self._is_open = False
         self._is_closed = False
         self._is_restarting = False
-        self._give_up: Timer | None = None
         with reactor.lock:
             self._give_up = reactor.call_later(CONNECT_S, self._unreachable)
             self._connect()
@@ -115,18 +89,18 @@ class Link:
         """
         if self.has_room(num_bytes):
             return
-        if self._reactor.runs_in_this_thread():
+        if asyncio._get_running_loop() is not None:
             num_waiting, waiting_bytes = len(self.credit.backlog), self.credit.backlog_bytes
             if num_waiting >= self._limits.backlog_messages or waiting_bytes > 4 * self._limits.credit_bytes:
                 raise BacklogFull(
                     f"{num_waiting} messages ({waiting_bytes} bytes) wait for {self.peer}: "
                     "await earlier calls before making more"
                 )
-        elif not self._reactor.wait(_Room(self, num_bytes), timeout_s):
+        elif not self._reactor.wait(functools.partial(self.has_room, num_bytes), timeout_s):
             raise DeadlineExceeded(f"no credit from {self.peer} within {timeout_s} s: it is too slow or frozen")
 
-    def submit(self, call: Call, payload: Payload, outcome: Outcome) -> int:
-        """Give the call its id and send it, or queue it for credit. A link that has failed fails the outcome at once.
+    def submit(self, call: Call, payload: Payload, promise: Promise) -> int:
+        """Give the call its id and send it, or queue it for credit. A link that has failed fails the promise at once.
 
         Returns the id.
         """
@@ -134,18 +108,10 @@ class Link:
             call.id = call_id = self._next_id
             self._next_id = call_id + 1
             if self.failure is not None:
-                outcome.fail(self.failure)
+                promise.fail(self.failure)
                 return call_id
-            item = Outstanding(
-                call_id,
-                call.actor,
-                call.endpoint,
-                payload.num_bytes,
-                outcome,
-                call.oneway,
-                wire.encode(call),
-                payload.frames,
-            )
+            header, size = wire.encode(call), payload.num_bytes
+            item = Outstanding(call_id, call.actor, call.endpoint, size, promise, call.oneway, header, payload.frames)
             credit = self.credit
             credit.by_id[call_id] = item
             deadline_s = call.deadline_s
@@ -162,11 +128,11 @@ class Link:
             return call_id
 
     def cancel(self, call_id: int) -> None:
-        """Forget a call's outcome and tell the callee to stop working on it."""
+        """Forget a call's promise and tell the callee to stop working on it."""
         with self._reactor.lock:
             item = self.credit.by_id.get(call_id)
-            if item is not None and item.outcome is not None:
-                item.outcome = None
+            if item is not None and item.promise is not None:
+                item.promise = None
                 self._abandon(item)
 
     def tell(self, message: wire.Message) -> None:
@@ -180,9 +146,9 @@ class Link:
         self._connection.send(item.header, item.frames)
         if item.is_oneway:
             # Kept whole until it is known to have run: a broken connection must not lose it.
-            outcome, item.outcome = item.outcome, None
-            if outcome is not None:
-                outcome.resolve(None, (), ())
+            promise, item.promise = item.promise, None
+            if promise is not None:
+                promise.resolve(None, (), ())
         else:
             item.frames, item.header = (), b""
 
@@ -195,17 +161,17 @@ class Link:
             self._connection.check_input(True)
 
     def _expire(self, item: Outstanding, deadline_s: float) -> None:
-        outcome, item.outcome = item.outcome, None
-        if outcome is None:
+        promise, item.promise = item.promise, None
+        if promise is None:
             return
         where = "at" if item.is_sent else "waiting to be sent to"
         self._abandon(item)
-        outcome.fail(DeadlineExceeded(f"{item.label} took over {deadline_s:g} s {where} {self.peer}"))
+        promise.fail(DeadlineExceeded(f"{item.label} took over {deadline_s:g} s {where} {self.peer}"))
 
     def _abandon(self, item: Outstanding) -> None:
         """An unsent call is forgotten; a sent one keeps its credit until the callee has answered the cancellation."""
         if item.is_sent:
-            self.tell(Cancel(item.id))
+            self.tell(wire.Cancel(item.id))
         else:
             self.credit.unqueue(item)
 
@@ -213,51 +179,46 @@ class Link:
 
     def _on_message(self, parts: list[Any]) -> None:
         try:
-            message = wire.read(parts[0])
-        except wire.MALFORMED as error:
-            self._unreachable_because(f"it answered with something else than our protocol: {error}")
+            message = wire.decode(parts[0])
+        except wire.WireError as error:
+            self._unreachable_because(f"its answer is {error}")
             return
         if type(message) is Reply:
-            outcome = self._end(message.id)
-            if outcome is not None:
-                outcome.resolve(message.value, parts, message.blobs)
+            promise = self._end(message.id)
+            if promise is not None:
+                promise.resolve(message.value, parts, message.blobs)
         elif isinstance(message, Fault):
-            outcome = self._end(message.id)
-            if outcome is not None:
-                outcome.fail(message.error)
+            promise = self._end(message.id)
+            if promise is not None:
+                promise.fail(message.error)
         elif isinstance(message, Done):
             for call_id in message.ids:
                 self._end(call_id)
-        elif isinstance(message, Welcome):
+        elif isinstance(message, wire.Welcome):
             self._welcome(message)
-        elif isinstance(message, Refused):
+        elif isinstance(message, wire.Refused):
             self._unreachable_because(f"it refused the connection: {message.reason}")
         else:
             self._unreachable_because(f"it sent {type(message).__name__}, which only callers send")
 
-    def _end(self, call_id: int) -> Outcome | None:
-        """Who waits for the call that has just ended: to be told, which wakes it. Nobody else need be woken, unless
-        nobody waits: then the credit that has come free may be what a thread waits for."""
+    def _end(self, call_id: int) -> Promise | None:
+        """The promise of the call that has just ended; keeping it wakes those who wait for it. Where there is none, threads
+        are woken here: the credit that has come free may be what one waits for."""
         item = self.credit.end(call_id)
         if self.credit.backlog:
             self._flush()
-        outcome: Outcome | None = None if item is None else item.outcome
-        if outcome is None:
+        promise: Promise | None = None if item is None else item.promise
+        if promise is None:
             self._reactor.notify()
-        return outcome
+        return promise
 
     # ---- the connection
 
     def _connect(self) -> None:
         self._connection = Connection(
-            self._reactor,
-            self._limits,
-            self.peer.address,
-            self._security,
-            self._on_message,
-            self._lost,
+            self._reactor, self._limits, self.peer.address, self._security, self._on_message, self._lost
         )
-        self._connection.send(wire.encode(Hello(wire.PROTOCOL, self._me, self._link_id)))
+        self._connection.send(wire.encode(wire.Hello(wire.PROTOCOL, self._me, self._link_id)))
 
     def move(self, peer: PeerRef) -> None:
         """The peer is back, perhaps elsewhere: connect to it there, also when it had been given up."""
@@ -267,12 +228,6 @@ class Link:
                 self._is_restarting = True
                 self._connection.close()
                 self._connect()
-
-    def drop(self) -> None:
-        """Break the connection as a network would; it is opened again at once. For tests."""
-        with self._reactor.lock:
-            self._connection.close()
-            self._lost(is_rejected=False)
 
     def _lost(self, is_rejected: bool) -> None:
         """The connection broke, or an attempt to open it failed: try again until `_unreachable`."""
@@ -295,12 +250,12 @@ class Link:
 
     def _unreachable_because(self, detail: str) -> None:
         if self.failure is None:
-            failure = MeshFailure(self._note("unreachable", detail))
+            failure = MeshFailure(FailureNote.of(self.peer, "unreachable", detail))
             self.fail(failure)
             if self._on_failure is not None:
                 self._on_failure(self, failure)
 
-    def _welcome(self, welcome: Welcome) -> None:
+    def _welcome(self, welcome: wire.Welcome) -> None:
         if welcome.protocol != wire.PROTOCOL:
             self._unreachable_because(f"it speaks protocol {welcome.protocol}, we speak {wire.PROTOCOL}")
             return
@@ -308,13 +263,12 @@ class Link:
         if is_new and not self._is_restarting:
             # It died and came back before we noticed: what was in flight died with the old one.
             for item in list(self.credit.clear()):
-                if item.outcome is not None:
-                    item.outcome.fail(ConnectionLost(f"{self.peer} was restarted during {item.label}"))
+                if item.promise is not None:
+                    item.promise.fail(ConnectionLost(f"{self.peer} was restarted during {item.label}"))
         self._is_open, self._is_restarting, self.failure = True, False, None
         self._incarnation = welcome.incarnation
         self.peer = msgspec.structs.replace(self.peer, pid=welcome.pid)
-        if self._give_up is not None:
-            self._give_up.cancel()
+        self._give_up.cancel()
         self.credit.messages, self.credit.num_bytes = welcome.credit_messages, welcome.credit_bytes
         if self._on_open is not None:
             self._on_open(self)
@@ -329,13 +283,10 @@ class Link:
                 self._connection.send(item.header, item.frames)
                 continue
             self.credit.end(item.id)
-            if item.outcome is not None:
-                item.outcome.fail(ConnectionLost(f"the connection to {self.peer} broke during {item.label}"))
+            if item.promise is not None:
+                item.promise.fail(ConnectionLost(f"the connection to {self.peer} broke during {item.label}"))
 
-    def _note(self, cause: str, detail: str) -> FailureNote:
-        return FailureNote(self.peer.mesh, self.peer.rank, self.peer.host, self.peer.pid, cause, detail=detail)
-
-    def fail(self, failure: MeshFailure, *, is_restarting: bool = False) -> int:
+    def fail(self, failure: MeshFailure) -> int:
         """The peer is gone: calls to it end in this failure, at once and until it is back, should it be restarting.
 
         Returns how many calls just ended.
@@ -344,15 +295,14 @@ class Link:
             if self.failure is not None and not self._is_restarting:
                 return 0
             self.failure = failure
-            self._is_open, self._is_restarting = False, is_restarting
+            self._is_open, self._is_restarting = False, failure.is_restarting
             self._connection.close()
-            if self._give_up is not None:
-                self._give_up.cancel()
-            if is_restarting:
+            self._give_up.cancel()
+            if self._is_restarting:
                 self._reactor.call_later(RESTART_RETRY_S, self._reconnect)
-            waiting = [item.outcome for item in self.credit.clear() if item.outcome is not None]
-            for outcome in waiting:
-                outcome.fail(failure)
+            waiting = [item.promise for item in self.credit.clear() if item.promise is not None]
+            for promise in waiting:
+                promise.fail(failure)
             self._reactor.notify()
             return len(waiting)
 
@@ -361,5 +311,5 @@ class Link:
         with self._reactor.lock:
             self._is_closed = True
             self._is_restarting = False
-            self.fail(MeshFailure(self._note("stopped", "")))
+            self.fail(MeshFailure(FailureNote.of(self.peer, "stopped")))
             self._connection.close()

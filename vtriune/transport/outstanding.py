@@ -13,8 +13,8 @@ from vtriune.transport.reactor import Timer
 from vtriune.transport.wire import Limits
 
 
-class Outcome(Protocol):
-    """Who waits for a call. Both methods are called under the reactor's lock, at most one of them, once."""
+class Promise(Protocol):
+    """What a caller holds of a call that has not ended. One of the methods is called, once, under the reactor's lock."""
 
     def resolve(self, value: msgspec.Raw | None, parts: Sequence[Any], blobs: Sequence[int]) -> None:
         """The call succeeded: its answer's parts, header first; or a broadcast was handed to the peer."""
@@ -26,13 +26,13 @@ class Outcome(Protocol):
 
 
 class Outstanding(msgspec.Struct, eq=False):
-    """A submitted call until its end. `outcome` is None once nobody waits for it any more."""
+    """A submitted call until its end. `promise` is None once no caller waits for it any more."""
 
     id: int
     actor: str
     endpoint: str
     num_bytes: int
-    outcome: Any
+    promise: Any
     is_oneway: bool
     # What is to be sent, for as long as it may have to be.
     header: bytes

@@ -1,9 +1,10 @@
-"""One process's sockets, and who reads them. Used by links and inboxes, and by futures that wait.
+"""The sockets of one process and the threads that read them. Used by links and inboxes, and by futures that wait.
 
-Every socket is guarded by `lock`; any thread may send. Reading has no thread of its own, since a hop between threads
-costs as much as a message: whoever waits, reads. That is the asyncio loop once one has called in (it watches one epoll
-descriptor for all sockets), or else the thread blocked in `Future.get`. A slow tick from the process's watcher covers
-the time when neither is there. libzmq's own thread keeps connections and heartbeats alive all the while.
+Every socket is guarded by `lock`; any thread may send. No thread exists only to read, since passing a message on from it to
+the thread that waits would cost as much as the message. A thread that waits reads all sockets meanwhile: the one with the
+asyncio loop, once a coroutine has made a call (the loop watches one epoll descriptor that stands for all sockets), or else
+one of those blocked in `Future.get`, the leader (pattern leader and followers). While there is neither, the process's
+watcher thread reads at every tick. libzmq's own thread keeps connections and heartbeats alive all the while.
 
 Handlers run under the lock, must not block and run no user code; what they `defer` runs right after, without the lock.
 """
@@ -11,6 +12,7 @@ Handlers run under the lock, must not block and run no user code; what they `def
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import os
@@ -25,7 +27,7 @@ import zmq
 
 _RECHECK_S = 0.25
 _EVENTS_AT_ONCE = 64
-# How long a thread stays awake for an answer; a yield that takes _SLICE_S went to somebody else's work.
+# How long a thread stays awake for an answer; a yield that takes _SLICE_S went to another thread's work.
 _AWAKE_S = 300e-6
 _SLICE_S = 400e-6
 _MAX_PENALTY = 4096
@@ -42,15 +44,6 @@ class Channel(Protocol):
     def read_one(self, is_likely: bool) -> bool:
         """Handle one message; False when there was none and nothing was sent meanwhile, which also rearms the descriptor.
         `is_likely`: its descriptor has just said that there is one, or several have just been read."""
-        ...
-
-
-class Awaited(Protocol):
-    """What a thread waits for."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it need wait no longer."""
         ...
 
 
@@ -169,7 +162,7 @@ class Reactor:
             self.mark_ready(channel)
 
     def wake(self) -> None:
-        """Have whoever drives the reactor run `drain` soon. Callers hold the lock."""
+        """Have the thread that reads run `drain` soon. Callers hold the lock."""
         thread = threading.get_ident()
         if self._loop is not None and self._loop.is_running():
             if thread != self._loop_thread:
@@ -180,7 +173,7 @@ class Reactor:
         elif self._leader not in (0, thread):
             os.eventfd_write(self._wake_fd, 1)
 
-    def attach_running_loop(self) -> asyncio.AbstractEventLoop | None:
+    def attach_running_loop(self) -> None:
         """Let the calling thread's running asyncio loop, if any, read the sockets from now on."""
         loop = asyncio._get_running_loop()
         if loop is not None and loop is not self._loop:
@@ -193,11 +186,6 @@ class Reactor:
                     loop.add_reader(self._epoll.fileno(), self._drain_from_loop)
                     loop.call_soon(self._drain_from_loop)
                     self._loop_due = True
-        return loop
-
-    def runs_in_this_thread(self) -> bool:
-        """Whether blocking here would stop the loop that reads the sockets."""
-        return asyncio._get_running_loop() is not None
 
     def _drain_from_loop(self) -> None:
         self._loop_due = False
@@ -221,7 +209,9 @@ class Reactor:
                     ready.pop(channel, None)
                 self._drain_channel(channel, True)
             elif fd == self._wake_fd:
-                self._clear_wake()
+                # Another thread may have cleared it between our poll and this read.
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake_fd)
         for channel in ready:
             self._drain_channel(channel, False)
         if self._timers:
@@ -234,15 +224,8 @@ class Reactor:
                 return
         self.mark_ready(channel)
 
-    def _clear_wake(self) -> None:
-        try:
-            os.eventfd_read(self._wake_fd)
-        except BlockingIOError:
-            # Another thread cleared it between our poll and this read.
-            return
-
     def call_later(self, delay_s: float, action: Callable[[], None]) -> Timer:
-        """Run `action` under the lock after `delay_s`, give or take the tick when nobody waits or runs a loop."""
+        """Run `action` under the lock after `delay_s`, or up to a tick later while no thread waits or runs a loop."""
         timer = Timer(action)
         with self.lock:
             due = time.monotonic() + delay_s
@@ -272,19 +255,18 @@ class Reactor:
         if self._leader not in (0, threading.get_ident()):
             os.eventfd_write(self._wake_fd, 1)
 
-    def wait(self, awaited: Awaited, timeout_s: float | None, is_near: bool = False) -> bool:
-        """Block this thread until `awaited` is done or the timeout, reading the sockets where nobody else does.
-        `is_near`: it may well be one round trip away.
+    def wait(self, is_done: Callable[[], bool], timeout_s: float | None, is_near: bool = False) -> bool:
+        """Block this thread until `is_done()` or the timeout, reading the sockets where no other thread does. `is_near`: it
+        may well be one round trip away.
 
-        Raises:
-            RuntimeError: called on a thread that runs an asyncio loop; blocking would stop the loop.
+        Raises RuntimeError: called on a thread that runs an asyncio loop; blocking would stop the loop.
         """
         if asyncio._get_running_loop() is not None:
             raise RuntimeError("blocking here would stop this thread's asyncio loop: use `await` instead")
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             with self.lock:
-                if awaited.is_done:
+                if is_done():
                     return True
                 remaining_s = None if end is None else end - time.monotonic()
                 if remaining_s is not None and remaining_s <= 0:
@@ -345,7 +327,7 @@ class Reactor:
         return max(0.0, until_timer_s if remaining_s is None else min(remaining_s, until_timer_s))
 
     def tick(self) -> None:
-        """Called every so often by the process's watcher thread: drains when nobody else reads."""
+        """Called every so often by the process's watcher thread: drains when no other thread reads."""
         if self._leader or (self._loop is not None and self._loop.is_running()):
             with self.lock:
                 if self._timers and self._timers[0][0] <= time.monotonic():

@@ -3,7 +3,7 @@
 Every TCP socket of a run speaks CURVE. All servers of the run share one key pair, all clients another; both are made
 by the root for this run alone and reach the workers over an inherited socket, never a command line or environment.
 A client must know the server's public key to be heard at all and must hold the one client key on the allow-list;
-anyone else is refused before a single byte of theirs is decoded, and counted.
+anyone else is refused before a single byte of theirs is decoded, and counted by the inbox.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class Security:
     def __init__(self, context: zmq.Context[Any], keys: RunKeys) -> None:
         self._keys = keys
         self._allowed = {z85_decode(keys.client_public)}
-        self.num_denied = 0
         self._is_closing = False
         self._socket: Any = context.socket(zmq.REP)
         self._socket.linger = 0
@@ -53,13 +52,13 @@ class Security:
         self._thread.start()
 
     def secure_server(self, socket: Any) -> None:
-        """Require CURVE and the allow-list of whoever connects."""
+        """Require CURVE of every client, and a key on the allow-list."""
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.server_secret)
 
     def secure_client(self, socket: Any) -> None:
-        """Prove to be of the run, and demand the same of the server."""
+        """Show the run's client key, and demand the run's server key of the other end."""
         socket.setsockopt(zmq.CURVE_SERVERKEY, self._keys.server_public)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.client_public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.client_secret)
@@ -80,8 +79,6 @@ class Security:
             and request[5] == b"CURVE"
             and request[6] in self._allowed
         )
-        if not is_allowed:
-            self.num_denied += 1
         status = (b"200", b"OK") if is_allowed else (b"400", b"unknown key")
         return [b"1.0", request_id, *status, b"", b""]
 

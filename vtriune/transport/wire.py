@@ -7,7 +7,7 @@ frames of their own. Decoding builds only the types named here; a header that fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Protocol, TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -23,21 +23,20 @@ PLAIN_BYTES = 1 << 16
 _Id: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]
 _Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1 << 20)]
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 class WireError(ValueError):
     """A message that is not of this protocol or exceeds its limits; it was refused, the connection lives on."""
 
 
-class Sized(Protocol):
-    """What of a payload is limited."""
+class Payload(msgspec.Struct, gc=False):
+    """An encoded argument list or result: a msgpack array, the frames beside it, and which items are whole frames."""
 
-    @property
-    def body(self) -> bytes: ...
-    @property
-    def frames(self) -> Sequence[bytes | bytearray | memoryview]: ...
-    @property
-    def num_bytes(self) -> int: ...
+    body: bytes
+    frames: Sequence[Buffer]
+    blobs: tuple[int, ...]
+    num_bytes: int
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -60,7 +59,7 @@ class Limits(msgspec.Struct, frozen=True):
         if min(self.frame_bytes, self.header_bytes) < smallest:
             raise ValueError(f"frame_bytes and header_bytes must be at least {smallest}: {self}")
 
-    def check(self, payload: Sized) -> None:
+    def check(self, payload: Payload) -> None:
         """Raise WireError when a payload exceeds what one message may hold."""
         largest = max((memoryview(frame).nbytes for frame in payload.frames), default=0)
         if largest > self.frame_bytes:
@@ -87,7 +86,7 @@ class PeerRef(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FailureNote(msgspec.Struct, frozen=True, array_like=True):
-    """A process or actor failure, as told to peers and owners. `cause` is one of `vtriune.runtime.failure.CAUSES`."""
+    """A process or actor failure, as told to peers and owners. `cause`: see `vtriune.transport.errors.MeshFailure`."""
 
     mesh: _Name
     rank: int
@@ -101,14 +100,29 @@ class FailureNote(msgspec.Struct, frozen=True, array_like=True):
     stacks: _Text = ""
     is_restarting: bool = False
 
+    @classmethod
+    def of(cls, peer: PeerRef, cause: str, detail: str = "", stacks: str = "") -> FailureNote:
+        """The failure of a process that is known, or of an actor in it."""
+        return cls(peer.mesh, peer.rank, peer.host, peer.pid, cause, detail=detail, stacks=stacks)
+
 
 class ErrorNote(msgspec.Struct, frozen=True, array_like=True):
-    """An exception on the far side: its type's full name, its text, its traceback, and what kind of failure it is."""
+    """An exception on the far side: its type's full name, its text, its traceback.
 
-    kind: _Name
+    `outcome` says how the call ended: `raised`, `refused`, `deadline` or `cancelled`; `kind` what the error declares to have
+    broken (`vtriune.runtime.failure`).
+    """
+
+    outcome: _Name
     type_name: _Name
     text: _Text
     traceback: _Text
+    kind: _Name = ""
+
+
+def refusal(text: str) -> ErrorNote:
+    """The answer to a call that cannot be accepted."""
+    return ErrorNote("refused", "vtriune.transport.errors.MessageRefused", text, "")
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -184,11 +198,10 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class Gone(msgspec.Struct, frozen=True, array_like=True, tag=9):
-    """A process is known to have failed. `restarting`: its owner is bringing it back at the same address."""
+    """A process is known to have failed."""
 
     node: _Name
     failure: FailureNote
-    restarting: bool = False
 
 
 class Back(msgspec.Struct, frozen=True, array_like=True, tag=10):
@@ -200,19 +213,13 @@ class Back(msgspec.Struct, frozen=True, array_like=True, tag=10):
 Message: TypeAlias = Hello | Welcome | Refused | Call | Reply | Fault | Done | Cancel | Gone | Back
 
 encode = msgspec.msgpack.Encoder().encode
-# `read(header)`: the message in a header frame, or one of the errors MALFORMED.
-read = msgspec.msgpack.Decoder(Message).decode
-MALFORMED = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+_read = msgspec.msgpack.Decoder(Message).decode
 
 
 def decode(header: bytes | memoryview) -> Message:
-    """Read a header frame.
-
-    Raises:
-        WireError: the bytes are no message of this protocol.
-    """
+    """Read a header frame. Raises WireError: the bytes are no message of this protocol."""
     try:
-        message: Message = read(header)
+        message: Message = _read(header)
         return message
-    except MALFORMED as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise WireError(f"not a message of protocol {PROTOCOL}: {error}") from None

@@ -1,0 +1,1 @@
+"""`python -m vtriune.data convert`: datasets as people publish them → rows of this schema. One module for each."""
