@@ -162,7 +162,8 @@ class PlannedStage(Stage):
         self.plan = plan
         self.recorder = PlannedRecorder(self)
         self.bounds: dict[int, set[int]] = {}
-        """Group → the bound in force when it was admitted; two where a smaller batch may have left it to be admitted again."""
+        """Group → the bound in force when it was admitted; several where a smaller batch may have left it to be admitted again: at the
+        next start under bound 0, or later under the one in force."""
         self.reopened: set[int] = set()
         """Groups that were open at a resume, once the batch has been changed."""
         self.rows: dict[int, int] = {}
@@ -185,7 +186,10 @@ class PlannedStage(Stage):
 
         def noted(group_id: int, deadline: float) -> int:
             if group_id not in self.bounds or group_id in self.reopened:
-                self.bounds.setdefault(group_id, set()).add(controller.in_force.max_staleness)
+                is_again = group_id in self.reopened
+                self.bounds.setdefault(group_id, set()).update(
+                    {controller.in_force.max_staleness, *([0] if is_again else [])}
+                )
                 self.reopened.discard(group_id)
             return lease(group_id, deadline)
 

@@ -373,9 +373,11 @@ def test_a_step_with_a_deadline_of_its_own_is_no_stall_before_and_one_that_died_
     stalls: queue.Queue[Stall] = queue.Queue()
     procs = this_host().spawn_procs(name="builders", on_failure=print)
     echo = procs.spawn("echo", Echo)
-    dog = ProgressWatchdog(1.0, stalls.put)
+    # A process tells of its steps once a second, and later on a busy machine.
+    dog = ProgressWatchdog(4.0, stalls.put)
     building = echo.toil.call_one(1, 60.0, 60.0)
-    time.sleep(3.5)
+    eventually(lambda: ("builders-0", "toil") in steps.latest(), "the step of the call")
+    time.sleep(5.5)
     assert stalls.empty()
     os.kill(procs.peers[0].pid, signal.SIGKILL)
     assert "builders-0 process: has ended" in stalls.get(timeout=10.0).report()
