@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from examples.digits.coordinates import NUM_COORDINATES, in_thousandths
+from examples.digits.coordinates import NUM_COORDINATES
 from examples.digits.demonstrations import Noise, Thousandths, boxes_of, exercises, respond_noisily
 from examples.digits.micro_vlm import (
     FIRST_LAST,
@@ -24,7 +24,7 @@ from examples.digits.micro_vlm import (
     VISION_END_ID,
     VISION_START_ID,
 )
-from examples.digits.rendering import Scene
+from examples.digits.rendering import Scene, in_thousandths
 from examples.digits.scenes import PERCEPTION, TASKS, Question, from_left
 from examples.digits.streams import Asked
 from examples.digits.vision import grid_of

@@ -5,11 +5,8 @@ down to a few thousandths: what is learned for one coordinate holds for its neig
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
-
-from examples.digits.rendering import Box
 
 NUM_COORDINATES = 1001
 NUM_WAVES = 28
@@ -23,17 +20,6 @@ def basis() -> torch.Tensor:
     waves = torch.logspace(math.log10(LONGEST), math.log10(SHORTEST), NUM_WAVES)
     phases = torch.arange(NUM_COORDINATES)[:, None] * (2 * math.pi / waves)
     return torch.cat([torch.ones(NUM_COORDINATES, 1), phases.cos(), phases.sin()], dim=1)
-
-
-def in_thousandths(box: Box, size: Sequence[int]) -> tuple[int, int, int, int]:
-    """A box in px as whole thousandths of width and height."""
-    width, height = size
-    return (
-        round(1000 * box[0] / width),
-        round(1000 * box[1] / height),
-        round(1000 * box[2] / width),
-        round(1000 * box[3] / height),
-    )
 
 
 def around(centres: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from examples.digits.coordinates import in_thousandths
-from examples.digits.rendering import BAR, Scene
+from examples.digits.rendering import BAR, Scene, in_thousandths
 from examples.digits.scenes import PERCEPTION, Question, detection, from_left, grounding, told
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -131,6 +131,17 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def in_thousandths(box: Box, size: Sequence[int]) -> tuple[int, int, int, int]:
+    """A box in px as whole thousandths of width and height."""
+    width, height = size
+    return (
+        round(1000 * box[0] / width),
+        round(1000 * box[1] / height),
+        round(1000 * box[2] / width),
+        round(1000 * box[3] / height),
+    )
+
+
 def overlap(box: Box, others: Sequence[Box]) -> float:
     """The largest share of the smaller of two boxes that both cover."""
     largest = 0.0

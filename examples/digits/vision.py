@@ -18,8 +18,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     apply_rotary_pos_emb_vision,
 )
 
-from examples.digits.coordinates import BASIS_WIDTH, around, basis, in_thousandths
-from examples.digits.rendering import BAR, Scene, Thing, draw
+from examples.digits.coordinates import BASIS_WIDTH, around, basis
+from examples.digits.rendering import BAR, Scene, Thing, draw, in_thousandths
 from examples.digits.scenes import from_left
 
 TOKEN_PX = 28

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from examples.digits.build import SCHEMA, SOURCES, reward_model, rows, write
-from examples.digits.coordinates import in_thousandths
 from examples.digits.demonstrations import Noise, box_answer, boxes_of, respond, respond_noisily
-from examples.digits.rendering import BAR, Scene, digit_pool, draw, overlap
+from examples.digits.rendering import BAR, Scene, digit_pool, draw, in_thousandths, overlap
 from examples.digits.scenes import MAX_OVERLAP, PERCEPTION, SIDES_PX, TASKS, compose
 from verifiers import RewardOptions, check_gold, score, spec_from_row
 from vtriune.data.schema import parse_file_name

@@ -95,8 +95,10 @@ class Checks:
         sizes = [self._image_sizes(sample) for sample in samples]
         golds = self._golds.begin([sample.reward for sample in samples], [known or () for known in sizes])
         with ThreadPoolExecutor(max_workers=self._num_workers, thread_name_prefix="image-check") as threads:
-            seen = list(threads.map(self._pictures, samples))
-        lengths = self._prompt_lengths(samples)
+            pictures_seen = threads.map(self._pictures, samples)
+            # Beside the threads, whose decoders leave the interpreter free.
+            lengths = self._prompt_lengths(samples)
+            seen = list(pictures_seen)
         findings = []
         for sample, view, length, gold, known in zip(samples, seen, lengths, golds.result(), sizes, strict=True):
             # A broken image has no size to count tokens of: the prompt is measured once its images are sound.
