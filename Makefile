@@ -26,16 +26,18 @@ $(STAMP): pyproject.toml Makefile
 	@touch $@
 
 # The digits run: builds its data from scikit-learn's handwritten digits on first use, trains, and draws held-out boxes before and after;
-# an earlier demo is moved aside. Off-policy keeps both cores busy; ARGS=policy.mode=on_policy waits for every version.
+# an earlier demo is moved aside. Off-policy keeps both cores busy; for the other mode:
+# make demo ARGS="policy.mode=on_policy policy.max_staleness=0"
 demo: setup
 	$(PY) -m examples.digits.build
 	$(PY) -m vtriune.launch examples/digits.yaml --fresh policy.mode=off_policy policy.max_staleness=2 $(ARGS)
 	$(PY) -m examples.digits.before_after runs/digits
 
-# The paper's comparisons in small, as far as they are not in docs/claims yet: about 40 runs of five minutes. Stop and go on as you like.
+# The paper's comparisons in small, as far as they are not in docs/claims yet: about 40 runs of six minutes, two at a time.
+# Stop and go on as you like.
 ablations: setup
 	$(PY) -m examples.digits.build
-	$(PY) -m examples.digits.ablations dynamic_iou tasks policy modules learning_rate prompt_pool kl --report
+	$(PY) -m examples.digits.ablations dynamic_iou tasks policy modules learning_rate prompt_pool kl --jobs 2 --report
 
 # Two at a time keep two cores busy: tests of whole runs wait for processes to start, others for deadlines to pass.
 test: setup

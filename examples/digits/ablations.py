@@ -1,4 +1,5 @@
-"""Run the paper's comparisons in small and report them: `python -m examples.digits.ablations NAME [--seeds 3]`, `--report`, `--list`.
+"""Run the paper's comparisons in small and report them: `python -m examples.digits.ablations NAME [--seeds 3] [--jobs 2]`, `--report`,
+`--list`.
 
 Resumable over days: every finished run is a line of `docs/claims/results.jsonl` and a file of rows beside it; what is there for the
 same data, model and settings is not run again, and a run that was interrupted goes on. `--report` writes `docs/claims.md`.
@@ -10,8 +11,10 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ RUNS = Path("runs/ablations")
 TABLE = Path("docs/claims")
 NUM_HELD_OUT = 1024
 Launch = Callable[[Sequence[str]], int]
+_TABLE = threading.Lock()
+"""Held while the table is read and written anew."""
 
 
 def command(arm: str, seed: int, num_versions: int) -> list[str]:
@@ -88,9 +93,10 @@ def run(arm: str, seed: int, num_versions: int, launch: Launch, table: Path = TA
     table.mkdir(parents=True, exist_ok=True)
     with whole_files.replacing(table / str(line["rows"])) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **rows(folder))
-    kept = [other for other in claims.read(table) if claims.key(other) != claims.key(line)]
-    text = "".join(json.dumps(each) + "\n" for each in [*kept, line])
-    whole_files.write(table / claims.RESULTS, text.encode())
+    with _TABLE:
+        kept = [other for other in claims.read(table) if claims.key(other) != claims.key(line)]
+        text = "".join(json.dumps(each) + "\n" for each in [*kept, line])
+        whole_files.write(table / claims.RESULTS, text.encode())
     return f"{'replaced: of other data, model or file' if known else 'done'}, {line['wall_s']} s"
 
 
@@ -127,20 +133,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ABLATIONS)}")
     parser.add_argument("--seeds", type=int, help="runs of every arm; as many as the ablation has")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; each trains and generates in turn, so two fit two cores"
+    )
     parser.add_argument("--list", action="store_true", help="say what there is and what is done")
     parser.add_argument("--report", action="store_true", help="write docs/claims.md and its pictures from the table")
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(ABLATIONS)):
         raise SystemExit(f"no ablation {', '.join(unknown)}; there are {', '.join(ABLATIONS)}")
     done = {claims.key(line) for line in claims.read(TABLE)}
-    for name in options.names or (ABLATIONS if options.list else ()):
-        ablation = ABLATIONS[name]
-        # Seed by seed, so that every arm has one before any has two.
-        for seed in range(options.seeds or ablation.num_seeds):
-            for arm in ablation.arms:
-                asked = (arm, seed, ablation.num_versions)
-                what = ("done" if asked in done else "to do") if options.list else run(*asked, launch_run)
-                print(f"{name}: {run_name(*asked)}: {what}", flush=True)
+    names = options.names or (ABLATIONS if options.list else ())
+    # An arm may stand in several. Seed by seed, so that every arm has one before any has two.
+    asked = {
+        (arm, seed, each.num_versions): name
+        for name in names
+        for each in [ABLATIONS[name]]
+        for seed in range(options.seeds or each.num_seeds)
+        for arm in each.arms
+    }
+
+    def settle(one: tuple[str, int, int]) -> None:
+        what = ("done" if one in done else "to do") if options.list else run(*one, launch_run)
+        print(f"{asked[one]}: {run_name(*one)}: {what}", flush=True)
+
+    with ThreadPoolExecutor(1 if options.list else options.jobs) as pool:
+        for ended in [pool.submit(settle, one) for one in asked]:
+            ended.result()
     if options.report:
         print(claims.report(TABLE))
 
