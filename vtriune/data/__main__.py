@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from verifiers import terminal
+from vtriune.config import ConfigError
 from vtriune.data.schema import DataError
 
 COMMANDS = {"check": "vtriune.data.check", "convert": "vtriune.data.convert.command"}
@@ -12,7 +13,7 @@ COMMANDS = {"check": "vtriune.data.check", "convert": "vtriune.data.convert.comm
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command line. 2: the data cannot be read."""
+    """The command line. 2: the data, or the run's file, cannot be read."""
     words = sys.argv[1:] if words is None else words
     if not words or words[0] not in COMMANDS:
         print("usage: python -m vtriune.data COMMAND …", file=sys.stderr)
@@ -22,7 +23,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0 if list(words) in (["--help"], ["-h"]) else 2
     try:
         code: int = importlib.import_module(COMMANDS[words[0]]).main(words[1:])
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         print(f"{error}", file=sys.stderr)
         return 2
     return code

@@ -1,4 +1,5 @@
-"""Whether data will train well: `python -m vtriune.data check FILE|FOLDER … [--test FILE …] [--model FOLDER] [--html]`.
+"""Whether data will train well: `python -m vtriune.data check FILE|FOLDER … [--test FILE …] [--model FOLDER] [--html]`, or
+`python -m vtriune.data check cluster.yaml [--html]`: the files, model and bounds of a run's file.
 
 Every row is read and checked as a run would, and every source is told in a table. In a table four figures with dots between are least,
 median, 95th percentile and largest. Rows that cannot be trained on are listed with their reasons, and written to
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from verifiers import RewardOptions
+from vtriune.config import Config, load, resolve
 from vtriune.config.sections.data import Data, Files
 from vtriune.data import survey
 from vtriune.data.build import BadRow, Input, build_store
@@ -41,6 +43,8 @@ _QUARANTINE = pa.schema(
 def main(words: Sequence[str]) -> int:
     """The command line."""
     options = _parser().parse_args(words)
+    if len(options.files) == 1 and options.files[0].endswith((".yaml", ".yml")):
+        _take_run(options, resolve(load(options.files[0])))
     console = Console()
     preprocessor = _preprocessor(options)
     splits = _splits(options)
@@ -64,7 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m vtriune.data check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     bounds = Data()
-    parser.add_argument("files", nargs="*", help="files, folders or patterns; those named test or val are held out")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        help="files, folders or patterns, of which those named test or val are held out; or a run's YAML file",
+    )
     parser.add_argument("--test", nargs="+", default=[], metavar="FILE", help="held-out files")
     parser.add_argument("--model", type=Path, help="model folder: measures prompts and what pictures are resized to")
     parser.add_argument("--min-pixels", type=int, default=bounds.min_pixels, help="as data.min_pixels")
@@ -83,7 +91,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("data-check"), help="folder of what is written (data-check)")
     parser.add_argument("--html", action="store_true", help="write a page of samples")
     parser.add_argument("--samples", type=int, default=8, help="samples of each source on that page (8)")
+    parser.set_defaults(of_run=None)
     return parser
+
+
+def _take_run(options: argparse.Namespace, config: Config) -> None:
+    """As the run would read and check its data; of the command's own options, those about what is written count."""
+    data = config.data
+    options.of_run, options.model = config, config.model.path
+    options.min_pixels, options.max_pixels, options.max_prompt_tokens, options.max_source_pixels = (
+        data.min_pixels, data.max_pixels, data.max_prompt_tokens, data.max_source_pixels,
+    )  # fmt: skip
 
 
 def _preprocessor(options: argparse.Namespace) -> Preprocessor | None:
@@ -93,6 +111,9 @@ def _preprocessor(options: argparse.Namespace) -> Preprocessor | None:
 
 
 def _splits(options: argparse.Namespace) -> dict[str, list[Input]]:
+    if options.of_run is not None:
+        data = options.of_run.data
+        return {"train": data_files("data.train", data.train), "held out": data_files("data.test", data.test)}
     said = {
         "source": options.source, "verifier": options.verifier, "verifier_parm": options.verifier_parm, "frame": options.frame,
     }  # fmt: skip
@@ -115,8 +136,10 @@ def _store(
 ) -> Store:
     checks = Checks(
         preprocessor=preprocessor,
-        options=RewardOptions(python=tuple(options.python)),
-        prompt_pool=split == "train",
+        options=RewardOptions(python=tuple(options.python))
+        if options.of_run is None
+        else options.of_run.rewards.options,
+        prompt_pool=split == "train" and (options.of_run is None or options.of_run.data.prompt_pool),
         max_source_pixels=options.max_source_pixels,
     )
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
