@@ -131,3 +131,32 @@ def test_a_command_without_data_says_what_to_write(
 ) -> None:
     assert main(words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_runs_file_says_files_verifiers_model_and_bounds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": f"<image>How much is {number} + 1?", "answer": str(number + 1)} for number in range(3)]
+    for name in ("mine", "held"):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(each | {"image": f"{name}.png"}) + "\n" for each in rows)
+        )
+    (folder / "mine.png").write_bytes(encoded(40, 40))
+    (folder / "held.png").write_bytes(encoded(60, 40))
+    (folder / "run.yaml").write_text(f"""
+        model: {{path: {MODEL}}}
+        data:
+          train: [{{files: [mine.jsonl], source: sums, verifier: counting}}]
+          test: [{{files: [held.jsonl], source: sums, verifier: counting}}]
+          min_pixels: 784
+          max_pixels: 28224
+          max_prompt_tokens: 77
+    """)
+    code, text = checked(capsys, "run.yaml")
+    assert code == 0, text
+    assert "train: sums" in text
+    assert "held out: sums" in text
+    assert "counting" in text
+    assert "of at most 77" in text
+    (folder / "run.yaml").write_text("data: {trian: [mine.jsonl]}")
+    code, text = checked(capsys, "run.yaml")
+    assert code == 2
+    assert "trian" in text
