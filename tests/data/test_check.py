@@ -156,6 +156,10 @@ def test_a_runs_file_says_files_verifiers_model_and_bounds(folder: Path, capsys:
     assert "held out: sums" in text
     assert "counting" in text
     assert "of at most 77" in text
+    for words, beside in ((("--model", "other"), "--model"), (("mine.jsonl",), "mine.jsonl")):
+        code, text = checked(capsys, "run.yaml", *words)
+        assert code == 2
+        assert f"{beside} beside a run's file" in text
     (folder / "run.yaml").write_text("data: {trian: [mine.jsonl]}")
     code, text = checked(capsys, "run.yaml")
     assert code == 2

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from verifiers import RewardOptions
-from vtriune.config import Config, load, resolve
+from vtriune.config import load, resolve
 from vtriune.config.sections.data import Data, Files
 from vtriune.data import survey
 from vtriune.data.build import BadRow, Input, build_store
@@ -33,6 +33,7 @@ from vtriune.data.schema import DataError, parse_file_name
 from vtriune.data.store import Store
 from vtriune.data.validate import Checks
 
+_ABOUT_OUTPUT = ("--out", "--html", "--samples")
 _HELD_OUT = ("test", "val", "validation", "dev", "eval")
 _QUARANTINE = pa.schema(
     [("file", pa.string()), ("row", pa.int64()), ("source", pa.string()), ("sample_id", pa.string()),
@@ -43,8 +44,8 @@ _QUARANTINE = pa.schema(
 def main(words: Sequence[str]) -> int:
     """The command line."""
     options = _parser().parse_args(words)
-    if len(options.files) == 1 and options.files[0].endswith((".yaml", ".yml")):
-        _take_run(options, resolve(load(options.files[0])))
+    if any(name.endswith((".yaml", ".yml")) for name in options.files):
+        _take_run(options, words)
     console = Console()
     preprocessor = _preprocessor(options)
     splits = _splits(options)
@@ -95,13 +96,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _take_run(options: argparse.Namespace, config: Config) -> None:
-    """As the run would read and check its data; of the command's own options, those about what is written count."""
-    data = config.data
-    options.of_run, options.model = config, config.model.path
-    options.min_pixels, options.max_pixels, options.max_prompt_tokens, options.max_source_pixels = (
-        data.min_pixels, data.max_pixels, data.max_prompt_tokens, data.max_source_pixels,
-    )  # fmt: skip
+def _take_run(options: argparse.Namespace, words: Sequence[str]) -> None:
+    """As the run would read and check its data. DataError for words beside the run's file that it says itself."""
+    said = [word for word in words if word.startswith("--") and word.partition("=")[0] not in _ABOUT_OUTPUT]
+    if said or len(options.files) > 1:
+        beside = said[0] if said else next(name for name in options.files if not name.endswith((".yaml", ".yml")))
+        raise DataError(
+            f"{beside} beside a run's file, which says itself what is read: write it there, or name files only"
+        )
+    options.of_run = resolve(load(options.files[0]))
+    data = options.of_run.data
+    options.model = options.of_run.model.path
+    for name in ("min_pixels", "max_pixels", "max_prompt_tokens", "max_source_pixels"):
+        setattr(options, name, getattr(data, name))
 
 
 def _preprocessor(options: argparse.Namespace) -> Preprocessor | None:
@@ -112,8 +119,8 @@ def _preprocessor(options: argparse.Namespace) -> Preprocessor | None:
 
 def _splits(options: argparse.Namespace) -> dict[str, list[Input]]:
     if options.of_run is not None:
-        data = options.of_run.data
-        return {"train": data_files("data.train", data.train), "held out": data_files("data.test", data.test)}
+        data, held_out = options.of_run.data, options.of_run.evaluation.files or options.of_run.data.test
+        return {"train": data_files("data.train", data.train), "held out": data_files("data.test", held_out)}
     said = {
         "source": options.source, "verifier": options.verifier, "verifier_parm": options.verifier_parm, "frame": options.frame,
     }  # fmt: skip
