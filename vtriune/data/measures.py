@@ -2,14 +2,25 @@
 stored row, so that a later look at the same data decodes nothing.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 from PIL import Image
 
 FILE_NAME = "measures.jsonl"
+
+
+class Look(NamedTuple):
+    """What a picture looks like, at a glance."""
+
+    hash: int
+    """64 bits that say where brightness rises from left to right on a grid of 9 x 8 (dHash, Krawetz 2013)."""
+    grey: bytes
+    """Brightness on a grid of 16 x 16, row by row."""
 
 
 class Measures(msgspec.Struct, frozen=True, array_like=True):
@@ -21,8 +32,8 @@ class Measures(msgspec.Struct, frozen=True, array_like=True):
     """As the model sees them; empty without a model."""
     num_changed: int
     """Pictures whose pixels are others than those in the file: turned, scaled to 8 bits, laid on white, …"""
-    hashes: list[int]
-    """`difference_hash` of each picture."""
+    looks: list[Look]
+    """Of each picture."""
     prompt_tokens: int | None
     """Image tokens included; None without a model."""
     question: int
@@ -33,23 +44,60 @@ class Measures(msgspec.Struct, frozen=True, array_like=True):
     """Gold boxes; None for a verifier without any."""
 
 
-def difference_hash(picture: Image.Image) -> int:
-    """64 bits that say where brightness rises from left to right on a grid of 9 x 8: the same for a copy that was scaled or saved anew
-    with loss, as a rule another for another picture. (dHash, Krawetz 2013.)"""
-    grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
-    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+def look(picture: Image.Image) -> Look:
+    """Almost the same for a copy that was scaled or saved anew with loss, as a rule another for another picture."""
+    grey = picture.convert("L")
+    steps = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), np.int16)
+    bits = np.packbits(steps[:, 1:] > steps[:, :-1] + LEVEL).tobytes()
+    return Look(int.from_bytes(bits, "big"), grey.resize((16, 16), Image.Resampling.BOX).tobytes())
 
 
-SAME = 3
-"""Bits in which the hashes of two copies of a picture differ at most; of two pictures a dozen do."""
+LEVEL = 4
+"""Brightness, of 255, within which paper is even: what saving with loss does to it is no rise."""
+SAME_BITS = 3
+"""Bits in which the hashes of two copies of a picture differ at most; of two photographs a dozen do."""
+SAME_GREY = 50
+"""Difference in brightness, of 255, in the cell where it is largest, up to which two pictures of near hashes are copies: hashes of
+drawings on empty paper are near for different drawings, too. Copies halved and saved at quality 60 differ by up to 44, those of
+photographs by 11; two charts of one kind by 59 and more."""
 _BAND = 16
 _BLOCK = 512
 
 
-def same_pictures(hashes: Iterable[int]) -> dict[int, int]:
-    """Each hash → the least one that it is the same picture as, directly or by others in between.
+def same_pictures(looks: Iterable[Look]) -> dict[Look, Look]:
+    """Each look → one that stands for all copies of its picture."""
+    unique = sorted(set(looks))
+    group_of = linked(each.hash for each in unique)
+    groups = defaultdict(list)
+    for each in unique:
+        groups[group_of[each.hash]].append(each)
+    found: dict[Look, Look] = {}
+    for group in groups.values():
+        found |= _by_brightness(group)
+    return found
 
-    Hashes that differ in at most SAME bits agree in one of four bands of 16, so only those that share a band are compared.
+
+def _by_brightness(group: Sequence[Look]) -> dict[Look, Look]:
+    """Each look of near hashes → the nearest of those before it that stand for copies, else itself."""
+    found: dict[Look, Look] = {}
+    firsts: list[Look] = []
+    greys = np.empty((len(group), 256), np.int16)
+    for each in group:
+        grey = np.frombuffer(each.grey, np.uint8).astype(np.int16)
+        distances = np.abs(greys[: len(firsts)] - grey).max(axis=1)
+        if len(firsts) and distances.min() <= SAME_GREY:
+            found[each] = firsts[int(distances.argmin())]
+            continue
+        greys[len(firsts)] = grey
+        firsts.append(each)
+        found[each] = each
+    return found
+
+
+def linked(hashes: Iterable[int]) -> dict[int, int]:
+    """Each hash → the least one that it is near to, directly or by others in between.
+
+    Hashes that differ in at most SAME_BITS agree in one of four bands of 16, so only those that share a band are compared.
     """
     unique = np.unique(np.fromiter(hashes, np.uint64))
     least = np.arange(len(unique))
@@ -70,13 +118,13 @@ def same_pictures(hashes: Iterable[int]) -> dict[int, int]:
 
 
 def _near(unique: np.ndarray, run: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs of places in `run` whose hashes differ in at most SAME bits."""
+    """Pairs of places in `run` whose hashes differ in at most SAME_BITS."""
     if len(run) == 1:
         return
     for start in range(0, len(run), _BLOCK):
         block = run[start : start + _BLOCK]
         distances = np.bitwise_count(unique[block][:, None] ^ unique[run][None])
-        for row, column in np.argwhere(distances <= SAME):
+        for row, column in np.argwhere(distances <= SAME_BITS):
             if start + row < column:
                 yield int(block[row]), int(run[column])
 

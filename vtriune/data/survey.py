@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from vtriune.data import measures
-from vtriune.data.measures import Measures, quartiles, same_pictures
+from vtriune.data.measures import Look, Measures, quartiles, same_pictures
 from vtriune.data.store import Store
 
 
@@ -44,26 +44,26 @@ class SourceSurvey:
         return len(self._rows)
 
     @property
-    def hashes(self) -> set[int]:
-        """Difference hashes of all pictures."""
-        return {each for row in self._rows for each in row.hashes}
+    def looks(self) -> set[Look]:
+        """Of all pictures."""
+        return {each for row in self._rows for each in row.looks}
 
     @property
     def num_duplicates(self) -> int:
         """Rows beyond the first with the same question of the same pictures, copies saved anew included."""
-        same = same_pictures(self.hashes)
-        return len(self._rows) - len({(row.question, *(same[each] for each in row.hashes)) for row in self._rows})
+        same = same_pictures(self.looks)
+        return len(self._rows) - len({(row.question, *(same[each] for each in row.looks)) for row in self._rows})
 
     @property
     def num_same_ids(self) -> int:
         """Rows beyond the first of their id."""
         return sum(self._ids.values()) - len(self._ids)
 
-    def num_showing(self, hashes: Set[int]) -> int:
+    def num_showing(self, looks: Set[Look]) -> int:
         """Rows of which a picture is one of these, or a copy of one."""
-        same = same_pictures(hashes | self.hashes)
-        wanted = {same[each] for each in hashes}
-        return sum(1 for row in self._rows if any(same[each] in wanted for each in row.hashes))
+        same = same_pictures(looks | self.looks)
+        wanted = {same[each] for each in looks}
+        return sum(1 for row in self._rows if any(same[each] in wanted for each in row.looks))
 
     def figures(self, max_prompt_tokens: int | None, num_shown: int | None = None) -> Iterator[tuple[str, str]]:
         """Names and figures, as they stand in the table; `num_shown` is what an epoch shows of the source."""
@@ -133,7 +133,7 @@ def report(stores: Mapping[str, Store], max_prompt_tokens: int | None) -> Iterat
 
 def leaks(train: Mapping[str, SourceSurvey], test: Mapping[str, SourceSurvey]) -> dict[str, int]:
     """By held-out source, the rows of which a picture is trained on too."""
-    trained_on = set().union(*(each.hashes for each in train.values()))
+    trained_on = set().union(*(each.looks for each in train.values()))
     shared = {source: each.num_showing(trained_on) for source, each in test.items()}
     return {source: number for source, number in shared.items() if number}
 

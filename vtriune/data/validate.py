@@ -35,7 +35,7 @@ from verifiers.types import MEMORY_GIB
 from vtriune.data import pictures
 from vtriune.data.box_frames import BoxCensus, box_problem, corners, gold_frame
 from vtriune.data.findings import Finding
-from vtriune.data.measures import Measures, difference_hash
+from vtriune.data.measures import Look, Measures, look
 from vtriune.data.processing import Preprocessor
 from vtriune.data.schema import IMAGE_MARKER, DataError, Sample
 
@@ -121,7 +121,7 @@ class Checks:
             sizes=view.sizes,
             resized=[size.resized for size in sizes] if self._preprocessor is not None else [],
             num_changed=view.num_changed,
-            hashes=view.hashes,
+            looks=view.looks,
             prompt_tokens=tokens,
             question=int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=7).digest(), "big"),
             answer_chars=len(sample.reward.gold),
@@ -195,12 +195,12 @@ class _View(NamedTuple):
     problems: list[str]
     notes: list[str]
     sizes: list[tuple[int, int]]
-    hashes: list[int]
+    looks: list[Look]
     num_changed: int
 
     def with_picture(self, picture: Image.Image, changes: Sequence[str]) -> "_View":
-        sizes, hashes = [*self.sizes, picture.size], [*self.hashes, difference_hash(picture)]
-        return _View(self.problems, [*self.notes, *changes], sizes, hashes, self.num_changed + bool(changes))
+        sizes, looks = [*self.sizes, picture.size], [*self.looks, look(picture)]
+        return _View(self.problems, [*self.notes, *changes], sizes, looks, self.num_changed + bool(changes))
 
 
 def _marker_problem(sample: Sample) -> str | None:
