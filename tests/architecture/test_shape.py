@@ -105,7 +105,11 @@ def test_actors_and_learner_do_not_print() -> None:
             assert has_command_line or not any(call.func.id == "print" for call in calls), path
 
 
+MADE_FIRST = {"photos.yaml": ["model.path=examples/digits/model"]}
+"""Example → what stands in for a folder that a command makes, which a clone lacks."""
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_example_passes_the_checks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    check(load(path))
+    check(load(path, MADE_FIRST.get(path.name, [])))
