@@ -9,6 +9,7 @@ from vtriune.config.sections.data import Files
 from vtriune.data.adapters import Said
 from vtriune.data.build import Input
 from vtriune.data.readers import SUFFIXES, is_saved
+from vtriune.data.remote import fetched, is_address
 from vtriune.data.schema import DataError
 
 
@@ -32,6 +33,8 @@ def _inputs(key: str, entry: Files) -> list[Input]:
 
 
 def _matches(key: str, pattern: str) -> list[Path]:
+    if is_address(pattern):
+        return fetched(key, pattern)
     path = Path(pattern)
     if path.is_file() or is_saved(path):
         return [path]

@@ -15,7 +15,7 @@ class Files(Section, frozen=True):
     """Files, with what their rows do not say; what is said here goes before what a row says."""
 
     files: list[Text] = msgspec.field(default_factory=list)
-    """Names, folders or patterns, as `data.train` takes them alone."""
+    """Names, folders, patterns or addresses, as `data.train` takes them alone."""
     source: Text | None = None
     """Of all rows: the name under which their metrics are kept; null: as rows say, else by the file's name."""
     verifier: Text | None = None
@@ -39,7 +39,7 @@ class Data(Section, frozen=True):
 
     train: list[Text | Files] = msgspec.field(default_factory=list)
     """Files to train on, one row per sample: Parquet, JSON lines, CSV, TSV, tar, `datasets` folders (docs/data.md). A name that no file
-    has is a glob pattern or a folder, which stand for their files, sorted."""
+    has is a glob pattern or a folder, which stand for their files, sorted; or an address such as `s3://…`."""
     test: list[Text | Files] = msgspec.field(default_factory=list)
     """Held-out files for evaluation, in the same form."""
     mixture: Mixture = Mixture()
