@@ -153,7 +153,7 @@ def main() -> None:
     }
 
     def settle(one: tuple[str, int, int]) -> None:
-        what = ("done" if one in done else "to do") if options.list else run(*one, launch_run)
+        what = ("done" if one in done else "to do") if options.list else run(*one, launch_run, TABLE)
         print(f"{asked[one]}: {run_name(*one)}: {what}", flush=True)
 
     with ThreadPoolExecutor(1 if options.list else options.jobs) as pool:

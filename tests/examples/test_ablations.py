@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,21 @@ def test_arms_of_different_names_are_different_runs_and_claims_speak_of_arms_tha
     for ablation in ABLATIONS.values():
         for claim in ablation.claims:
             assert {claim.better, claim.worse} <= set(ablation.arms)
+
+
+def test_jobs_are_runs_at_a_time_and_each_leaves_its_line(house, monkeypatch):
+    launch, beside = Launched(house), threading.Barrier(2, timeout=60)
+
+    def launched(words):
+        beside.wait()
+        return launch(words)
+
+    monkeypatch.setattr(ablations, "launch_run", launched)
+    monkeypatch.setattr(ablations, "TABLE", house / "claims")
+    monkeypatch.setattr(sys, "argv", ["ablations", "prompt_pool", "kl", "--seeds", "2", "--jobs", "2"])
+    ablations.main()
+    arms = ("shipped", "no prompt pool", "kl")
+    assert sorted(map(claims.key, claims.read(house / "claims"))) == sorted((a, s, 30) for a in arms for s in (0, 1))
 
 
 def test_a_result_that_is_there_is_not_made_again_and_one_of_other_data_is_replaced_and_said(house):
