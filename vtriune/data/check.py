@@ -44,7 +44,7 @@ _QUARANTINE = pa.schema(
 def main(words: Sequence[str]) -> int:
     """The command line."""
     options = _parser().parse_args(words)
-    if any(name.endswith((".yaml", ".yml")) for name in options.files):
+    if options.files and options.files[0].endswith((".yaml", ".yml")):
         _take_run(options, words)
     console = Console()
     preprocessor = _preprocessor(options)
@@ -100,7 +100,7 @@ def _take_run(options: argparse.Namespace, words: Sequence[str]) -> None:
     """As the run would read and check its data. DataError for words beside the run's file that it says itself."""
     said = [word for word in words if word.startswith("--") and word.partition("=")[0] not in _ABOUT_OUTPUT]
     if said or len(options.files) > 1:
-        beside = said[0] if said else next(name for name in options.files if not name.endswith((".yaml", ".yml")))
+        beside = said[0] if said else options.files[1]
         raise DataError(
             f"{beside} beside a run's file, which says itself what is read: write it there, or name files only"
         )
