@@ -13,6 +13,7 @@ process that dies in between has the group scored and delivered again; consumers
 
 import asyncio
 import time
+from statistics import fmean
 
 from msgspec.structs import replace
 
@@ -81,12 +82,13 @@ def without_texts(scored: ScoredGroup) -> ScoredGroup:
 
 def report_of(scored: ScoredGroup) -> GroupReport:
     """What the controller learns of `scored`."""
-    group = scored.group
+    group, judged = scored.group, [verdict for verdict in scored.verdicts if verdict.status != "fault"]
     return GroupReport(
         group_id=group.lease.group_id,
         attempt=group.lease.attempt,
         num_tokens=sum(len(trajectory.token_ids) for trajectory in group.trajectories),
-        rewards=[verdict.reward for verdict in scored.verdicts if verdict.status != "fault"],
-        num_faults=sum(verdict.status == "fault" for verdict in scored.verdicts),
+        rewards=[verdict.reward for verdict in judged],
+        num_faults=len(scored.verdicts) - len(judged),
         verification_s=scored.verification_s,
+        solve_rate=fmean(verdict.accuracy for verdict in judged) if judged else None,
     )

@@ -31,6 +31,8 @@ class SampleRef(msgspec.Struct, frozen=True):
     fingerprint: str
     """Hash of the store's content; a process that opened another store refuses the reference."""
     row: int
+    probability: float = 1.0
+    """That a pass over the data draws the row, when it was drawn: below 1 for what `data.draw: solve_rate` seldom draws."""
 
 
 class SampleHeader(msgspec.Struct, frozen=True):
@@ -145,6 +147,8 @@ class GroupReport(msgspec.Struct, frozen=True):
     """Rewards of the trajectories whose verdict is not `fault`, in order."""
     num_faults: int
     verification_s: float
+    solve_rate: float | None = None
+    """Mean accuracy of these trajectories, in [0, 1]; None where there are none."""
 
 
 class Rendezvous(msgspec.Struct, frozen=True):

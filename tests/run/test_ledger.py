@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vtriune.messages import SampleRef
-from vtriune.run.ledger import MAX_REASONS, Ledger, LedgerError
+from vtriune.run.ledger import MAX_REASONS, Ledger, LedgerError, Solved
 
 REF = SampleRef("f", 0)
 
@@ -142,3 +142,25 @@ def test_reasons_that_name_their_rows_do_not_grow_with_the_losses() -> None:
         ledger.lose_lease(number, 0, f"row {number} is broken")
     assert len(ledger.lost_reasons) == MAX_REASONS + 1
     assert sum(ledger.lost_reasons.values()) == 1000
+
+
+def test_a_group_that_ended_says_how_it_was_answered_once_in_the_order_of_ids_and_over_a_resume() -> None:
+    ledger = Ledger()
+    for row in range(5):
+        ledger.admit(SampleRef("f", row), "s", 1)
+        ledger.lease(row, deadline=1.0)
+    for group_id, rate in ((3, 0.25), (1, 1.0), (0, 0.5), (2, None), (4, 0.75)):
+        ledger.report(group_id, 0, rate)
+    ledger.filter(3)
+    ledger.consume([1, 2])
+    ledger.fault(4)
+    resumed = Ledger()
+    resumed.restore(ledger.state())
+    for one in (ledger, resumed):
+        assert one.take_solved() == [Solved(1, 1, 1.0), Solved(3, 3, 0.25)]
+        assert one.take_solved() == []
+    # What was scored and not yet trained on is generated anew, and answered anew.
+    resumed.lease(0, deadline=1.0)
+    resumed.report(0, 0, 0.125)
+    resumed.consume([0])
+    assert resumed.take_solved() == [Solved(0, 0, 0.125)]

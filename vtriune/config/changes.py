@@ -59,6 +59,8 @@ RULES: Mapping[str, Rule] = {
     "data.mixture": Rule(
         True, "from the next period of draws on; a run that began without weights, or with, goes on so"
     ),
+    "data.draw": Rule(True, "from the next draw on; what was not known before is learnt from then on"),
+    "data.solve_rate": Rule(True, "from the next draw on"),
     "data.store": Rule(True, "a place"),
     "data.min_pixels": Rule(True, "for groups generated from then on, restored ones included"),
     "data.max_pixels": Rule(True, "as data.min_pixels"),

@@ -1,5 +1,5 @@
-"""The order in which samples are drawn: a seeded shuffle per epoch over all rows of all files, or, where sources are weighted, over
-those of each source; resumable to the row.
+"""The order in which samples are drawn: a seeded shuffle per pass over all rows of all files, or, where sources are weighted, over
+those of each source; resumable to the row. With `data.draw: solve_rate` a pass leaves out most of what is too easy or too hard.
 
 The controller draws a SampleRef per group it admits. torchdata's StatefulDataLoader runs over row numbers only, with the sampler
 below: pixels stay in the store until a generator or the learner asks for them. Held-out rows are taken in order (`Store.spread`).
@@ -10,23 +10,34 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from vtriune.config.sections.data import Data
 from vtriune.config.sections.mixture import Mixture
 from vtriune.data.mixture import Phase, WeightedSources, by_temperature
 from vtriune.data.schema import DataError
+from vtriune.data.solve_rates import Bounds, SolveRates
 from vtriune.data.store import Store
 from vtriune.messages import SampleRef
 
 
 class Cursor:
     """Iterator of SampleRefs: `epochs` passes over `store` (None: without end), each in its own order drawn from `seed`. Weighted by
-    `mixture`, where that is on, it draws as many. Raises DataError for a mixture that does not fit the store's sources.
+    `mixture`, where that is on, or with `bounds` to the rows' solve rates, it draws as many. Raises DataError for a mixture that does
+    not fit the store's sources.
 
     `state_dict` is plain JSON values; a cursor that loads it yields exactly the references that would have come next.
     """
 
-    def __init__(self, store: Store, seed: int, epochs: int | None = None, mixture: Mixture | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        seed: int,
+        epochs: int | None = None,
+        mixture: Mixture | None = None,
+        bounds: Bounds | None = None,
+    ) -> None:
         # torch loads in seconds; whoever only imports this module (the checks, --help) does not wait for it.
         import torch
         from torchdata.stateful_dataloader import StatefulDataLoader
@@ -34,7 +45,11 @@ class Cursor:
         self._store = store
         self._seed = seed
         self._num_rows_total = None if epochs is None else epochs * len(store)
-        self._weighted = WeightedRows(store, seed, mixture) if mixture is not None and mixture.is_on else None
+        self._rates = SolveRates(seed, bounds)
+        is_weighted = mixture is not None and mixture.is_on
+        self._weighted = (
+            WeightedRows(store, seed, mixture, self._rates) if mixture is not None and is_weighted else None
+        )
         self.progress = 0.0
         """Of the run at the next draw."""
         with warnings.catch_warnings():
@@ -44,7 +59,7 @@ class Cursor:
             self._loader: Any = StatefulDataLoader(
                 range(len(store)),
                 batch_size=None,
-                sampler=self._weighted or ShuffledRows(len(store), seed),
+                sampler=self._weighted or ShuffledRows(len(store), seed, self._rates),
                 generator=torch.Generator().manual_seed(seed),
             )
         self._rows: Iterator[int] = iter(self._loader)
@@ -61,7 +76,7 @@ class Cursor:
             self._weighted.progress = self.progress
         row = int(next(self._rows))
         self.num_drawn += 1
-        return self._store.ref(row)
+        return msgspec.structs.replace(self._store.ref(row), probability=self._rates.probability(row))
 
     @property
     def is_used_up(self) -> bool:
@@ -78,14 +93,17 @@ class Cursor:
             raise DataError(f"data.mixture: {error}") from error
 
     def figures(self) -> dict[str, float]:
-        """For the metrics: the share of each source that is asked for, and its share of all draws. Nothing where none is weighted."""
+        """For the metrics: the share of each source that is asked for, and its share of all draws, where sources are weighted; what is
+        known of the rows, where draws follow that."""
         if self._weighted is None:
-            return {}
+            return self._rates.figures()
         sources = self._weighted.sources
         asked, drawn = sources.asked(self.progress), sources.drawn()
         total = max(1, sum(drawn.values()))
-        return {f"source/{name}/mixture/asked": share for name, share in asked.items()} | {
-            f"source/{name}/mixture/drawn": number / total for name, number in drawn.items()
+        return {
+            **self._rates.figures(),
+            **{f"source/{name}/mixture/asked": share for name, share in asked.items()},
+            **{f"source/{name}/mixture/drawn": number / total for name, number in drawn.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,6 +114,7 @@ class Cursor:
             "seed": self._seed,
             "num_drawn": self.num_drawn,
             "loader": self._loader.state_dict(),
+            "solve_rates": self._rates.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -104,6 +123,11 @@ class Cursor:
         self._loader.load_state_dict(state["loader"])
         self._rows = iter(self._loader)
         self.num_drawn = state["num_drawn"]
+        self._rates.load_state_dict(state.get("solve_rates", {}))
+
+    def learn(self, solve_rates: Mapping[int, float]) -> None:
+        """Row → mean accuracy, of the groups that ended since the publish before; draws from now on know of it."""
+        self._rates.learn(solve_rates)
 
 
 def check_goes_on(state: Mapping[str, Any], store: Store, seed: int, *, is_weighted: bool) -> None:
@@ -121,6 +145,12 @@ def check_goes_on(state: Mapping[str, Any], store: Store, seed: int, *, is_weigh
             )
 
 
+def bounds_of(data: Data) -> Bounds | None:
+    """Of the solve rates that draws follow; None where every pass takes every row."""
+    limits = data.solve_rate
+    return Bounds(limits.lowest, limits.highest, limits.floor) if data.draw == "solve_rate" else None
+
+
 def weighted_sources(mixture: Mixture, sizes: Mapping[str, int]) -> WeightedSources:
     """The draws that `data.mixture` asks for. Raises DataError for sources that are not there."""
     if mixture.schedule:
@@ -133,19 +163,49 @@ def weighted_sources(mixture: Mixture, sizes: Mapping[str, int]) -> WeightedSour
         raise DataError(f"data.mixture.{error}") from error
 
 
-class WeightedRows:
-    """torchdata sampler: sources by weight, without end, and each one's rows once per pass over it, in an order of the pass."""
+class Passes:
+    """Rows one after the other: every row once in each pass that takes it, pass after pass, without end.
 
-    def __init__(self, store: Store, seed: int, mixture: Mixture) -> None:
-        self._mixture = mixture
+    rows    int64 (n,), or None for 0 … n − 1 of the order
+    order   of each pass, over the places in `rows`
+    rates   which rows a pass takes
+    """
+
+    def __init__(self, rows: np.ndarray | None, order: "ShuffledRows", rates: SolveRates) -> None:
+        self._rows, self._order, self._rates = rows, order, rates
+        self.place = 0
+        """Rows taken or left out so far, over all passes."""
+        self._pass: tuple[int, np.ndarray] | None = None
+
+    def next(self) -> int:
+        """The next row that its pass takes."""
+        while True:
+            number, place = divmod(self.place, self._order.num_rows)
+            if self._pass is None or self._pass[0] != number:
+                self._pass = (number, self._order.order(number))
+            place = int(self._pass[1][place])
+            row = place if self._rows is None else int(self._rows[place])
+            self.place += 1
+            if self._rates.takes(row, number):
+                return row
+
+
+class WeightedRows:
+    """torchdata sampler: sources by weight, without end, and each one's rows in passes of its own."""
+
+    def __init__(self, store: Store, seed: int, mixture: Mixture, rates: SolveRates) -> None:
+        self._mixture, self._seed, self._rates = mixture, seed, rates
         self.rows = store.rows_by_source()
-        self.orders = {source: ShuffledRows(len(rows), _seed_of(seed, source)) for source, rows in self.rows.items()}
         self.progress = 0.0
         self.sources = self._begin()
 
     def __iter__(self) -> "_WeightedRowsIterator":
         self.sources = self._begin()
-        return _WeightedRowsIterator(self)
+        passes = {
+            source: Passes(rows, ShuffledRows(len(rows), _seed_of(self._seed, source)), self._rates)
+            for source, rows in self.rows.items()
+        }
+        return _WeightedRowsIterator(self, passes)
 
     def _begin(self) -> WeightedSources:
         return weighted_sources(self._mixture, {source: len(rows) for source, rows in self.rows.items()})
@@ -156,42 +216,41 @@ def _seed_of(seed: int, source: str) -> int:
 
 
 class _WeightedRowsIterator:
-    """Its state is the sources'; passes and places follow from how often each was drawn."""
+    """Its state is the sources' and how far the passes over each one are."""
 
-    def __init__(self, rows: WeightedRows) -> None:
-        self._rows = rows
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}
+    def __init__(self, rows: WeightedRows, passes: Mapping[str, Passes]) -> None:
+        self._rows, self._passes = rows, passes
 
     def __iter__(self) -> "_WeightedRowsIterator":
         return self
 
     def __next__(self) -> int:
-        source, number = self._rows.sources.draw(self._rows.progress)
-        rows = self._rows.rows[source]
-        over, place = divmod(number, len(rows))
-        if self._orders.get(source, (-1,))[0] != over:
-            self._orders[source] = (over, self._rows.orders[source].order(over))
-        return int(rows[self._orders[source][1][place]])
+        return self._passes[self._rows.sources.draw(self._rows.progress)].next()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._rows.sources.state_dict()
+        places = {source: passes.place for source, passes in self._passes.items()}
+        return {**self._rows.sources.state_dict(), "places": places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rows.sources.load_state_dict(state)
+        # In a checkpoint from before rows were left out, a source's place is the number of its draws.
+        for source, place in (state.get("places") or self._rows.sources.drawn()).items():
+            self._passes[source].place = place
 
 
 class ShuffledRows:
-    """torchdata sampler: every row once per epoch, epoch after epoch, without end.
+    """torchdata sampler: every row once in each pass that takes it, pass after pass, without end.
 
     The end is the cursor's: a loader that loads the state of a finished iteration begins another one.
     """
 
-    def __init__(self, num_rows: int, seed: int) -> None:
+    def __init__(self, num_rows: int, seed: int, rates: SolveRates | None = None) -> None:
         self.num_rows = num_rows
         self.seed = seed
+        self._rates = rates or SolveRates(seed)
 
     def __iter__(self) -> "_ShuffledRowsIterator":
-        return _ShuffledRowsIterator(self)
+        return _ShuffledRowsIterator(Passes(None, self, self._rates))
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 (num_rows,): the permutation of `epoch`.
@@ -203,25 +262,20 @@ class ShuffledRows:
 
 
 class _ShuffledRowsIterator:
-    """Its state is one number: epoch and place follow from it."""
+    """Its state is one number: pass and place follow from it."""
 
-    def __init__(self, rows: ShuffledRows) -> None:
-        self._rows = rows
-        self._num_drawn = 0
-        self._order: tuple[int, np.ndarray] | None = None
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
 
     def __iter__(self) -> "_ShuffledRowsIterator":
         return self
 
     def __next__(self) -> int:
-        epoch, place = divmod(self._num_drawn, self._rows.num_rows)
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._rows.order(epoch))
-        self._num_drawn += 1
-        return int(self._order[1][place])
+        return self._passes.next()
 
     def state_dict(self) -> dict[str, int]:
-        return {"num_drawn": self._num_drawn}
+        return {"place": self._passes.place}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._num_drawn = state["num_drawn"]
+        # A checkpoint from before rows were left out calls it otherwise.
+        self._passes.place = state["place"] if "place" in state else state["num_drawn"]

@@ -92,16 +92,15 @@ class WeightedSources:
         zeros = [0] * len(self.names)
         self._state = SourcesState(None, {}, zeros[:], zeros[:])
 
-    def draw(self, progress: float) -> tuple[str, int]:
-        """The next draw's source, and how often that was drawn before."""
+    def draw(self, progress: float) -> str:
+        """The next draw's source."""
         state = self._state
         if state.period is None or state.period.is_over:
             state.period = self._begin(progress)
         source = state.period.next()
-        number = state.drawn[source]
         state.in_epoch[source] += 1
         state.drawn[source] += 1
-        return self.names[source], number
+        return self.names[source]
 
     def set_weight(self, source: str, weight: float) -> None:
         """From the next period on, whatever the phases say. Raises ValueError for a source that is not there, and where no source would

@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         ("sample_id", pa.string()),
         ("file", pa.string()),
         ("file_row", pa.int64()),
+        ("probability", pa.float64()),  # that a pass over the data drew the row
         (columns.SPEC, pa.string()),
         (
             columns.IMAGE_SIZES,

@@ -265,6 +265,7 @@ class Controller:
     def _finish_version(self, order: TrainOrder) -> dict[str, float]:
         """The version is published: its groups end, a switch applies. Returns what its batch was trained under, and the accounts."""
         self.groups.publish()
+        self.leasing.cursor.learn({group.row: group.solve_rate for group in self.groups.take_solved()})
         is_over_samples = self._progress.unit == "samples"
         self._has_ended = self.groups.is_exhausted if is_over_samples else self.groups.version >= self.num_versions
         self._enter(self._requested or self._configured)

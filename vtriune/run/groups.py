@@ -40,7 +40,7 @@ class Groups:
         self.close, self.cut, self.switch = window.close, window.cut, window.switch
         self.lease, self.overdue = ledger.lease, ledger.overdue
         self.attempts, self.open_from = ledger.attempts, ledger.open_from
-        self.num_lost_among = ledger.num_lost_among
+        self.num_lost_among, self.take_solved = ledger.num_lost_among, ledger.take_solved
         self.state, self.counts, self.audit = ledger.state, ledger.counts, ledger.audit
 
     # Events.
@@ -53,10 +53,18 @@ class Groups:
         self._window.admit(group.group_id)
         return group
 
-    def report(self, group_id: int, attempt: int, *, is_filtered: bool, is_faulted: bool = False) -> bool:
+    def report(
+        self,
+        group_id: int,
+        attempt: int,
+        *,
+        is_filtered: bool,
+        is_faulted: bool = False,
+        solve_rate: float | None = None,
+    ) -> bool:
         """The group is scored and delivered, and joins the next batch unless it is filtered or faulted. False for a duplicate, which
         changes nothing."""
-        if not self._ledger.report(group_id, attempt):
+        if not self._ledger.report(group_id, attempt, solve_rate):
             return False
         if is_filtered or is_faulted:
             (self._ledger.fault if is_faulted else self._ledger.filter)(group_id)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from vtriune.config.tree import Config
-from vtriune.data.loader import Cursor
+from vtriune.data.loader import Cursor, bounds_of
 from vtriune.data.store import Store
 from vtriune.messages import GroupReport, Lease, SampleRef, Sampling
 from vtriune.run.fleet import EngineSlot, Fleet, LeaseLost
@@ -41,7 +41,7 @@ class Leasing:
         report_lost: Callable[[SampleRef, str], None],
     ) -> None:
         self.groups = groups
-        self.cursor = Cursor(store, seed=config.run.seed, epochs=config.run.epochs, mixture=config.data.mixture)
+        self.cursor = Cursor(store, config.run.seed, config.run.epochs, config.data.mixture, bounds_of(config.data))
         self.is_stopped = False
         self._num_completions = 0
         self._num_tokens = 0
@@ -137,7 +137,13 @@ class Leasing:
         is_faulted = len(report.rewards) < 2
         is_flat = is_faulted or max(report.rewards) - min(report.rewards) < 1e-8
         is_filtered = is_flat and self._config.policy.filter == "zero_variance"
-        if self.groups.report(report.group_id, report.attempt, is_filtered=is_filtered, is_faulted=is_faulted):
+        if self.groups.report(
+            report.group_id,
+            report.attempt,
+            is_filtered=is_filtered,
+            is_faulted=is_faulted,
+            solve_rate=report.solve_rate,
+        ):
             self._num_completions += len(report.rewards) + report.num_faults
             self._num_tokens += report.num_tokens
         self._wake()

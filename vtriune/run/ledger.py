@@ -50,6 +50,17 @@ class OpenGroup(msgspec.Struct):
     """Leases lost with their generator."""
     deadline: float | None = None
     """Of the lease, on the caller's clock."""
+    solve_rate: float | None = None
+    """Once scored: mean accuracy of its completions."""
+
+
+class Solved(msgspec.Struct, frozen=True, array_like=True):
+    """How a group that was consumed or filtered was answered."""
+
+    group_id: int
+    row: int
+    solve_rate: float
+    """Mean accuracy of its completions, in [0, 1]."""
 
 
 class LedgerState(msgspec.Struct):
@@ -64,6 +75,8 @@ class LedgerState(msgspec.Struct):
     first_attempt: int = 0
     """Attempts of this start of the run are counted from it: above all that earlier starts delivered and nobody trained on."""
     lost_ids: list[int] = []
+    solved: list[Solved] = []
+    """Groups that ended since the last publish."""
 
 
 class Ledger:
@@ -85,6 +98,7 @@ class Ledger:
         self._ended: dict[str, Counter[str]] = {}
         self._lost_ids: deque[int] = deque(maxlen=MAX_WINDOW)
         """Of the groups lost last, in the order of their loss."""
+        self._solved: list[Solved] = []
 
     def admit(self, sample: SampleRef, source: str, max_staleness: int) -> OpenGroup:
         """A new group; ids rise by one."""
@@ -101,7 +115,7 @@ class Ledger:
         group.state, group.deadline = "leased", deadline
         return group.attempt
 
-    def report(self, group_id: int, attempt: int) -> bool:
+    def report(self, group_id: int, attempt: int, solve_rate: float | None = None) -> bool:
         """The group is scored and delivered. False for a duplicate: it is counted and changes nothing.
 
         The first report counts, of whichever attempt: also while the group waits to be leased again. That attempt is everywhere
@@ -114,7 +128,7 @@ class Ledger:
             self.num_duplicates += 1
             return False
         self._unleased.discard(group_id)
-        group.state, group.attempt, group.deadline = "scored", attempt, None
+        group.state, group.attempt, group.deadline, group.solve_rate = "scored", attempt, None, solve_rate
         return True
 
     def lose_lease(self, group_id: int, attempt: int, reason: str, *, is_death: bool = False) -> bool:
@@ -151,6 +165,11 @@ class Ledger:
         """A scored group of which too few verdicts say anything."""
         self._expect(group_id, "scored")
         self._end(group_id, "faulted")
+
+    def take_solved(self) -> list[Solved]:
+        """Groups consumed and filtered since the last call, in the order of their ids."""
+        solved, self._solved = sorted(self._solved, key=lambda group: group.group_id), []
+        return solved
 
     def get(self, group_id: int) -> OpenGroup:
         """The open group; KeyError once it has ended."""
@@ -233,6 +252,7 @@ class Ledger:
             self.num_reissues,
             self._first_attempt,
             list(self._lost_ids),
+            list(self._solved),
         )
 
     def restore(self, state: LedgerState) -> None:
@@ -241,7 +261,7 @@ class Ledger:
         self._next_id, self._first_attempt = state.next_id, state.first_attempt
         self._open = {
             g.group_id: msgspec.structs.replace(
-                g, state="admitted", deadline=None, attempt=max(g.attempt, self._first_attempt)
+                g, state="admitted", deadline=None, solve_rate=None, attempt=max(g.attempt, self._first_attempt)
             )
             for g in state.open_groups
         }
@@ -250,6 +270,7 @@ class Ledger:
         self.lost_reasons = Counter(state.lost_reasons)
         self.num_duplicates, self.num_reissues = state.num_duplicates, state.num_reissues
         self._lost_ids = deque(state.lost_ids, maxlen=MAX_WINDOW)
+        self._solved = list(state.solved)
 
     def _expect(self, group_id: int, state: State) -> OpenGroup:
         group = self._open.get(group_id)
@@ -262,4 +283,6 @@ class Ledger:
         group = self._open.pop(group_id)
         if end == "lost":
             self._lost_ids.append(group_id)
+        elif end in ("consumed", "filtered") and group.solve_rate is not None:
+            self._solved.append(Solved(group_id, group.sample.row, group.solve_rate))
         self._ended.setdefault(group.source, Counter())[end] += 1

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from verifiers.types import Frame
 from vtriune.config.sections.mixture import Mixture
-from vtriune.config.sections.section import Count, Section, Text
+from vtriune.config.sections.section import Count, Section, ShareOrZero, Text
 
 
 class Files(Section, frozen=True):
@@ -34,6 +34,22 @@ class Files(Section, frozen=True):
             yield "data.train, data.test: frame beside verifier_parm.gold_frame; say it once"
 
 
+class SolveRate(Section, frozen=True):
+    """`data.draw: solve_rate`: a row's solve rate is the mean accuracy of its newest group that was trained on, or filtered. A row is
+    drawn in every pass over its source while its rate is unknown or within bounds, else with the probability `floor`."""
+
+    lowest: ShareOrZero = 0.05
+    """Below it a row is too hard for now."""
+    highest: ShareOrZero = 0.95
+    """Above it a row is too easy."""
+    floor: Annotated[float, Meta(ge=0.01, le=1)] = 0.1
+    """That a pass draws a row outside of the bounds. Each draw's probability is in the archive, column `probability`."""
+
+    def problems(self) -> Iterable[str]:
+        if self.lowest > self.highest:
+            yield f"data.solve_rate: lowest {self.lowest} is above highest {self.highest}"
+
+
 class Data(Section, frozen=True):
     """Files, image sizes, prompts."""
 
@@ -43,6 +59,10 @@ class Data(Section, frozen=True):
     test: list[Text | Files] = msgspec.field(default_factory=list)
     """Held-out files for evaluation, in the same form."""
     mixture: Mixture = Mixture()
+    draw: Literal["uniform", "solve_rate"] = "uniform"
+    """uniform: every row once in a pass. solve_rate: seldom those that are always, or never, answered right; an epoch is still as many
+    draws as there are rows."""
+    solve_rate: SolveRate = SolveRate()
     store: str = ""
     """Folder for the memory-mapped copies of the data, built on first use and shared between runs; empty: `<run.folder>/stores`."""
     min_pixels: Count = 512 * 512
@@ -63,5 +83,6 @@ class Data(Section, frozen=True):
             yield "data.train: no file named; list the files to train on"
         for entry in (*self.train, *self.test):
             yield from () if isinstance(entry, str) else entry.problems()
+        yield from self.solve_rate.problems()
         if self.min_pixels > self.max_pixels:
             yield f"data.min_pixels: {self.min_pixels} is above data.max_pixels ({self.max_pixels})"
