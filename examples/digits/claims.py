@@ -25,6 +25,7 @@ makes what is missing. A run is the demo (a 4 M-parameter model, handwritten dig
 effect is the difference of two arms after training, paired by held-out row, at temperature 1, with the 95 % bootstrap interval over
 rows of the seeds' mean. **Reproduced in small**: the interval leaves 0 out on the claim's side, and the effect is beyond the seeds'
 standard deviation. **Reversed**: the same on the other side. **Not reproduced**: anything else. What holds here need not hold at 7B.
+Arms train for the same number of versions: one with half of the sources sees each of them twice as often.
 """
 
 
@@ -122,7 +123,8 @@ def draw(ablation: Ablation, lines: list[Line], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, (name, title) in zip(axes, (("reward", "reward"), ("training_iou50", "boxes: IoU@50")), strict=True):
         for place, arm in enumerate(ablation.arms):
-            for number, line in enumerate(each for each in lines if each["arm"] == arm):
+            # An arm that trains on no boxes has no curve of them.
+            for number, line in enumerate(each for each in lines if each["arm"] == arm and len(each[name]) >= 5):
                 smooth = np.convolve(line[name], np.ones(5) / 5, "valid")
                 axis.plot(smooth, color=f"C{place}", alpha=0.8, linewidth=1, label=arm if number == 0 else None)
         axis.set(xlabel="version", title=f"{title}, in training, mean of 5 versions")

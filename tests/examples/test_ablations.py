@@ -151,6 +151,15 @@ def test_the_report_compares_arms_row_by_row_and_says_what_is_not_measured(house
     assert len(found.by_seed) == 3
 
 
+def test_an_arm_that_trains_on_no_boxes_is_reported_without_a_curve_of_them(house):
+    table = house / "claims"
+    ablations.run("reasoning only", 0, 60, Launched(house), table)
+    lines = [line | {"training_iou50": []} for line in claims.read(table)]
+    (table / claims.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| reasoning only | 1 |" in claims.report(table).read_text()
+    assert (table / "tasks.png").stat().st_size > 5_000
+
+
 def test_an_interval_is_scipys():
     rng = np.random.default_rng(1)
     values = rng.normal(0.1, 1.0, 300)
