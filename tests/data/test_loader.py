@@ -158,3 +158,30 @@ def test_weights_of_other_sources_and_a_change_between_weights_and_none_are_refu
         plain.set_weight("a", 1.0)
     with pytest.raises(DataError, match="no source z; there are a, b"):
         weighted.set_weight("z", 1.0)
+
+
+def test_adaptive_weights_follow_what_rises_and_come_back_from_a_checkpoint(store: Store) -> None:
+    mixture = Mixture(adaptive=True)
+    cursor = Cursor(store, seed=1, mixture=mixture)
+    for number in range(10):
+        list(islice(cursor, 20))
+        cursor.learn({0: number / 10, 1: number / 10, 20: 0.5})
+    assert cursor.figures()["source/a/mixture/factor"] == 2.0
+    assert cursor.figures()["source/b/mixture/factor"] == 0.5
+    assert cursor.figures()["source/a/mixture/asked"] == 0.8
+    resumed = Cursor(store, seed=1, mixture=mixture)
+    resumed.load_state_dict(json.loads(json.dumps(cursor.state_dict())))
+    for number in range(10):
+        for one in (cursor, resumed):
+            one.learn_held_out({"eval/source/a/reward/mean": 0.5, "eval/source/b/reward/mean": number / 20})
+        assert list(islice(resumed, 30)) == list(islice(cursor, 30))
+    assert resumed.figures() == cursor.figures()
+    assert resumed.figures()["source/b/mixture/factor"] == 2.0
+
+
+def test_lines_and_solve_rates_move_no_weights_that_do_not_adapt(store: Store) -> None:
+    still, told = (Cursor(store, seed=1, mixture=WEIGHTED) for _ in range(2))
+    for number in range(10):
+        told.learn({0: number / 10})
+        told.learn_held_out({"eval/source/a/reward/mean": number / 10})
+        assert list(islice(told, 30)) == list(islice(still, 30))

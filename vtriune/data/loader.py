@@ -8,6 +8,7 @@ below: pixels stay in the store until a generator or the learner asks for them. 
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ import numpy as np
 
 from vtriune.config.sections.data import Data
 from vtriune.config.sections.mixture import Mixture
+from vtriune.data.adaptive import Adaptive
 from vtriune.data.mixture import Phase, WeightedSources, by_temperature
 from vtriune.data.schema import DataError
 from vtriune.data.solve_rates import Bounds, SolveRates
@@ -50,6 +52,8 @@ class Cursor:
         self._weighted = (
             WeightedRows(store, seed, mixture, self._rates) if mixture is not None and is_weighted else None
         )
+        is_adaptive = mixture is not None and mixture.adaptive
+        self._adaptive = Adaptive(self._weighted.sources.names) if self._weighted is not None and is_adaptive else None
         self.progress = 0.0
         """Of the run at the next draw."""
         with warnings.catch_warnings():
@@ -104,6 +108,7 @@ class Cursor:
             **self._rates.figures(),
             **{f"source/{name}/mixture/asked": share for name, share in asked.items()},
             **{f"source/{name}/mixture/drawn": number / total for name, number in drawn.items()},
+            **{f"source/{name}/mixture/factor": factor for name, factor in sources.factors.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,6 +120,7 @@ class Cursor:
             "num_drawn": self.num_drawn,
             "loader": self._loader.state_dict(),
             "solve_rates": self._rates.state_dict(),
+            "adaptive": {} if self._adaptive is None else self._adaptive.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,10 +130,29 @@ class Cursor:
         self._rows = iter(self._loader)
         self.num_drawn = state["num_drawn"]
         self._rates.load_state_dict(state.get("solve_rates", {}))
+        if self._adaptive is not None:
+            self._adaptive.load_state_dict(state.get("adaptive", {}))
 
     def learn(self, solve_rates: Mapping[int, float]) -> None:
         """Row → mean accuracy, of the groups that ended since the publish before; draws from now on know of it."""
         self._rates.learn(solve_rates)
+        by_source: dict[str, list[float]] = {}
+        for row, rate in solve_rates.items():
+            by_source.setdefault(self._store.source(row), []).append(rate)
+        self._adapt({source: fmean(rates) for source, rates in by_source.items()}, is_held_out=False)
+
+    def learn_held_out(self, line: Mapping[str, float]) -> None:
+        """What a line of `metrics.jsonl` says of held-out rows."""
+        if self._weighted is not None:
+            keys = {source: f"eval/source/{source}/reward/mean" for source in self._weighted.sources.names}
+            self._adapt({source: line[key] for source, key in keys.items() if key in line}, is_held_out=True)
+
+    def _adapt(self, scores: Mapping[str, float], *, is_held_out: bool) -> None:
+        """Weights follow the mean `scores` of some sources."""
+        if self._adaptive is not None and self._weighted is not None and scores:
+            sources = self._weighted.sources
+            self._adaptive.learn(sources.drawn(), scores, is_held_out=is_held_out)
+            sources.adapt(self._adaptive.factors(sources.unadapted(self.progress)))
 
 
 def check_goes_on(state: Mapping[str, Any], store: Store, seed: int, *, is_weighted: bool) -> None:
@@ -158,7 +183,7 @@ def weighted_sources(mixture: Mixture, sizes: Mapping[str, int]) -> WeightedSour
     else:
         phases = [Phase(2.0, mixture.weights or by_temperature(sizes, mixture.temperature or 1.0))]
     try:
-        return WeightedSources(sizes, phases, mixture.caps)
+        return WeightedSources(sizes, phases, mixture.caps, is_adaptive=mixture.adaptive)
     except ValueError as error:
         raise DataError(f"data.mixture.{error}") from error
 

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 PARTS = 1000
+ADAPTIVE_PARTS = 100
+"""Hundredths, where weights adapt: what was learnt comes into force within as many draws."""
 
 
 class Phase(NamedTuple):
@@ -64,6 +66,8 @@ class SourcesState(msgspec.Struct):
     """Draws of each source since the epoch began."""
     drawn: list[int]
     """Draws of each source since the run began."""
+    factors: dict[str, float] = {}
+    """Of shares that adapt: what each source is given over what is asked; 1 for what is not named."""
 
 
 class WeightedSources:
@@ -72,15 +76,22 @@ class WeightedSources:
     sizes   rows of each source; an epoch, over which caps hold, is as many draws as there are rows
     phases  weights over the run's progress, the last of which lasts; each names every source
     caps    most draws of a source in an epoch; the others then share what it leaves in proportion to their weights
+    is_adaptive  whether `adapt` will be called: weights are then taken in hundredths
     Raises ValueError for phases and caps that name other sources, or where no source has a weight.
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], phases: Sequence[Phase], caps: Mapping[str, int] | None = None
+        self,
+        sizes: Mapping[str, int],
+        phases: Sequence[Phase],
+        caps: Mapping[str, int] | None = None,
+        *,
+        is_adaptive: bool = False,
     ) -> None:
         self.names = sorted(sizes)
         self._num_rows = sum(sizes.values())
         self._phases, self._caps = phases, caps or {}
+        self._parts = ADAPTIVE_PARTS if is_adaptive else PARTS
         for what, named in [*(("weights", phase.weights) for phase in phases), ("caps", self._caps)]:
             if unknown := sorted(set(named) - set(self.names)):
                 raise ValueError(f"{what}: no source {', '.join(unknown)}; there are {', '.join(self.names)}")
@@ -112,11 +123,25 @@ class WeightedSources:
             raise ValueError(f"{source}: weight {weight:g} would leave no source with one")
         self._state.live = live
 
+    def adapt(self, factors: Mapping[str, float] | None) -> None:
+        """From the next period on, each source's share is that of its weight times its factor; None leaves them as they are."""
+        if factors is not None:
+            self._state.factors = dict(factors)
+
+    @property
+    def factors(self) -> Mapping[str, float]:
+        """As `adapt` set them."""
+        return self._state.factors
+
     def asked(self, progress: float) -> dict[str, float]:
-        """Shares asked for at `progress`, live weights included; they sum to 1."""
+        """Shares in force at `progress`, live weights and factors included; they sum to 1."""
+        factors = self._state.factors
+        return _shares({name: share * factors.get(name, 1.0) for name, share in self.unadapted(progress).items()})
+
+    def unadapted(self, progress: float) -> dict[str, float]:
+        """Shares asked for at `progress` by the weights alone, live ones included."""
         weights = {**self._phase(progress).weights, **self._state.live}
-        total = sum(weights.values())
-        return {name: weights[name] / total for name in self.names}
+        return _shares({name: weights[name] for name in self.names})
 
     def drawn(self) -> dict[str, int]:
         """Draws of each source since the run began."""
@@ -143,7 +168,7 @@ class WeightedSources:
             state.in_epoch = [0] * len(self.names)
             num_left, left = self._num_rows, self._left_of_caps()
         weights = [asked[name] if left[name] > 0 else 0.0 for name in self.names]
-        quotas = in_lowest_terms(apportion(weights, PARTS, at_least=1))
+        quotas = in_lowest_terms(apportion(weights, self._parts, at_least=1))
         if self._caps and sum(quotas) > num_left:
             quotas = apportion(weights, num_left)
         quotas = [min(quota, left[name]) for name, quota in zip(self.names, quotas, strict=True)]
@@ -155,6 +180,11 @@ class WeightedSources:
             name: max(0, min(self._caps[name] - drawn, PARTS)) if name in self._caps else PARTS
             for name, drawn in zip(self.names, self._state.in_epoch, strict=True)
         }
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
 
 
 def apportion(weights: Sequence[float], total: int, at_least: int = 0) -> list[int]:

@@ -319,6 +319,7 @@ class Controller:
             metrics |= {**self._interval.take(metrics), "progress": self.progress}
             record = StepRecord(self.groups.version, self.num_updates, metrics, order, evaluated.attempts)
             line = await self._recorder.record_step.call_one(record)
+            self.leasing.cursor.learn_held_out(line)
             self._show(line)
             await self.bell.recorded(line)
 

@@ -34,10 +34,13 @@ class Mixture(Section, frozen=True):
     schedule: list[MixturePhase] = msgspec.field(default_factory=list)
     """In place of weights: other ones as the run goes on."""
 
+    adaptive: bool = False
+    """Raise and lower weights, between half of and twice what is asked for, as sources go on rising or not (docs/data.md)."""
+
     @property
     def is_on(self) -> bool:
         """Whether sources are weighted at all."""
-        return bool(self.weights or self.temperature or self.caps or self.schedule)
+        return bool(self.weights or self.temperature or self.caps or self.schedule or self.adaptive)
 
     def problems(self) -> Iterable[str]:
         given = [name for name in ("weights", "temperature", "schedule") if getattr(self, name)]
