@@ -202,6 +202,9 @@ def _arguments(config: Config, mm_processor_kwargs: Mapping[str, Any], seed: int
         "block_size": BLOCK_TOKENS,
         "enforce_eager": True,
     }
+    if config.sampling.seeded:
+        # A prompt that is computed in parts draws, and vLLM then winds its generator back, which no generator of a CPU can.
+        on_cpu["enable_chunked_prefill"] = False
     on_gpu: dict[str, Any] = {
         "gpu_memory_utilization": section.memory_share,
         "enforce_eager": section.enforce_eager,

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vtriune.record": RECORD,
     "vtriune.weights": {"vtriune.messages"},
     "vtriune.plan": RUN,
-    "vtriune.curate": RECORD,
+    "vtriune.curate": {*RECORD, "actors"},
     "vtriune.run": RUN,
     "vtriune.run.hosts": {*RUN, "vtriune.runtime.processes"},
     "vtriune.run.orders": RUN,

@@ -60,6 +60,11 @@ def _problems_between(config: Config) -> Iterable[str]:
             f"cluster.generators.max_batched_tokens: {step} is below max_sequences ({generators.max_sequences}), each of which "
             "takes a token of a step"
         )
+    if config.sampling.seeded and not generators.gpus and step is not None and step < generators.max_model_len:
+        yield (
+            f"cluster.generators.max_batched_tokens: {step} is below max_model_len ({generators.max_model_len}), and on a CPU "
+            "sampling.seeded computes no prompt in parts; raise it, or leave it null"
+        )
     if generators.max_sequences < policy.group_size:
         yield f"cluster.generators.max_sequences: {generators.max_sequences} is below policy.group_size ({policy.group_size})"
 

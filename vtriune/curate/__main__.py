@@ -1,7 +1,8 @@
 """Keep the rows that are worth training on: `python -m vtriune.curate FILE|FOLDER … --out FOLDER --rule NAME[=X] …`.
 
 Rules are applied in the order in which they are named; a row goes by the first that drops it. `--paper` names the paper's. Rules about
-difficulty look at the answers of recorded runs (`--run runs/mine`, written by vtriune.launch; rows are known by source and sample id).
+difficulty look at answers: those of recorded runs (`--run runs/mine`, written by vtriune.launch), or answers that are sampled for it
+(`--sample cluster.yaml --answers 8`: model, sampling and rewards of a run's file). Rows are known by source and sample id.
 Kept rows are written to Parquet in this schema, a file for each one that was read; `report.html` says what each rule dropped, with
 examples.
 """
@@ -15,11 +16,14 @@ from typing import NamedTuple
 from rich.console import Console
 
 from verifiers import terminal
+from vtriune.config.load import ConfigError, load
 from vtriune.config.sections.data import Data, Files
+from vtriune.config.tree import Config
 from vtriune.curate.balance import BALANCES
 from vtriune.curate.difficulty import Difficulty, Key, difficulties
 from vtriune.curate.report import Dropped, with_parameter, write_report
 from vtriune.curate.rules import RULES, Candidate
+from vtriune.curate.sampling import sample_difficulties
 from vtriune.data import measures
 from vtriune.data.build import build_store
 from vtriune.data.inputs import data_files
@@ -48,11 +52,14 @@ def main(words: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     try:
         asked = _asked([*(PAPER if options.paper else ()), *options.rule])
-        store = _store(options)
+        config = load(options.sample) if options.sample is not None else None
+        store = _store(options, config)
         found = _difficulties(options.run)
+        if config is not None:
+            found = _added(found, sample_difficulties(config, store.folder, options.answers))
         kept, dropped = curate(candidates(store, found), asked, options.seed)
         paths = write_kept(store, [candidate.sample.row for candidate in kept], options.out)
-    except DataError as error:
+    except (DataError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
     report = write_report(options.out / "report.html", asked, dropped, store, kept)
@@ -78,10 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run", type=Path, action="append", default=[], help="a recorded run, for rules about difficulty"
     )
+    parser.add_argument("--sample", type=Path, metavar="FILE", help="a run's file: its model answers every row")
+    parser.add_argument("--answers", type=_positive, default=8, help="that are sampled of a row (8)")
     parser.add_argument("--model", type=Path, help="model folder: measures prompts, for query_length")
     parser.add_argument("--verifier", help="of rows that name none")
     parser.add_argument("--seed", type=int, default=0, help="of what balance rules draw (0)")
     return parser
+
+
+def _positive(word: str) -> int:
+    if (number := int(word)) < 1:
+        raise ValueError
+    return number
 
 
 def _asked(words: Iterable[str]) -> list[Asked]:
@@ -100,25 +115,31 @@ def _asked(words: Iterable[str]) -> list[Asked]:
     return asked
 
 
-def _store(options: argparse.Namespace) -> Store:
-    bounds = Data()
-    preprocessor = (
-        Preprocessor(options.model, bounds.min_pixels, bounds.max_pixels, 2**20) if options.model is not None else None
-    )
+def _store(options: argparse.Namespace, config: Config | None) -> Store:
+    """What `config` says of model, pictures and rewards holds where there is one."""
+    model, bounds = (options.model, Data()) if config is None else (Path(config.model.path), config.data)
+    preprocessor = Preprocessor(model, bounds.min_pixels, bounds.max_pixels, 2**20) if model is not None else None
     inputs = data_files("curate", [Files(files=options.files, verifier=options.verifier)])
-    return build_store(
-        inputs, options.out / "stores", checks=Checks(preprocessor=preprocessor), on_bad_row="quarantine"
-    )
+    checks = Checks(preprocessor, None if config is None else config.rewards.options)
+    return build_store(inputs, options.out / "stores", checks=checks, on_bad_row="quarantine")
 
 
 def _difficulties(runs: Iterable[Path]) -> dict[Key, Difficulty]:
     found: dict[Key, Difficulty] = {}
     for folder in runs:
         run = open_run(folder)
-        for key, one in difficulties(run.answers("version"), run.config.rewards.options).items():
-            before = found.get(key, Difficulty(0, 0, 0.0))
-            found[key] = Difficulty(*(a + b for a, b in zip(before, one, strict=True)))  # type: ignore[arg-type]
+        found = _added(found, difficulties(run.answers("version"), run.config.rewards.options))
     return found
+
+
+def _added(some: dict[Key, Difficulty], more: dict[Key, Difficulty]) -> dict[Key, Difficulty]:
+    """Both, summed over rows that both know."""
+    none = Difficulty(0, 0, 0.0)
+    pairs = {key: (some.get(key, none), more.get(key, none)) for key in {**some, **more}}
+    return {
+        key: Difficulty(a.num_answers + b.num_answers, a.num_right + b.num_right, a.accuracy + b.accuracy)
+        for key, (a, b) in pairs.items()
+    }
 
 
 def candidates(store: Store, found: dict[Key, Difficulty]) -> list[Candidate]:

@@ -1,11 +1,11 @@
-"""How hard a row turned out to be: what the answers of a recorded run to it were worth."""
+"""How hard a row turned out to be: what answers to it were worth, of a recorded run or sampled for it."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from verifiers.scoring import is_correct
-from verifiers.types import RewardOptions
-from vtriune.record import Answer
+from verifiers.types import RewardOptions, Verdict
+from vtriune.messages import SampleHeader
 
 
 class Difficulty(NamedTuple):
@@ -28,11 +28,21 @@ class Difficulty(NamedTuple):
         return 16 * self.accuracy / self.num_answers
 
 
+class Answered(Protocol):
+    """An answer and what it was worth."""
+
+    @property
+    def header(self) -> SampleHeader: ...
+
+    @property
+    def verdict(self) -> Verdict: ...
+
+
 Key = tuple[str, str]
 """Source and sample id."""
 
 
-def difficulties(answers: Iterable[Answer], options: RewardOptions) -> dict[Key, Difficulty]:
+def difficulties(answers: Iterable[Answered], options: RewardOptions) -> dict[Key, Difficulty]:
     """By row, of those with an id."""
     found: dict[Key, Difficulty] = {}
     for answer in answers:
