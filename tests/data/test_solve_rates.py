@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -64,6 +65,16 @@ def test_the_last_word_on_a_row_counts_and_the_figures_say_how_many_are_left_out
     cursor.learn({0: 1.0, 1: 1.0, 2: 0.0})
     cursor.learn({1: 0.5})
     assert cursor.figures() == {"draw/rows_known": 3, "draw/rows_too_hard": 1, "draw/rows_too_easy": 1}
+
+
+def test_a_row_that_an_epoch_shows_twice_has_one_rate(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "train_math_b_5_x2.parquet", [row(number) for number in range(5)])
+    twice = build_store([path], tmp_path / "store")
+    cursor = Cursor(twice, 5, bounds=BOUNDS)
+    cursor.learn({7: 1.0})
+    assert cursor.figures()["draw/rows_known"] == 1
+    counts = Counter(ref.row for ref in islice(cursor, 4000))
+    assert max(counts[2], counts[7]) < 0.2 * min(count for number, count in counts.items() if number not in (2, 7))
 
 
 def test_an_epoch_is_as_many_draws_as_there_are_rows_however_many_are_left_out(store: Store) -> None:

@@ -115,6 +115,9 @@ class Rows:
     def header(self, row: int) -> SampleHeader:
         return SampleHeader(self.source(row), RewardSpec(ground_truth=str(row)), str(row), "rows.parquet", row)
 
+    def stored(self, row: int) -> int:
+        return row
+
     def rows_by_source(self) -> dict[str, np.ndarray]:
         rows = np.arange(self._num_rows)
         return {

@@ -47,7 +47,7 @@ class Cursor:
         self._store = store
         self._seed = seed
         self._num_rows_total = None if epochs is None else epochs * len(store)
-        self._rates = SolveRates(seed, bounds)
+        self._rates = SolveRates(seed, bounds, store.stored)
         is_weighted = mixture is not None and mixture.is_on
         self._weighted = (
             WeightedRows(store, seed, mixture, self._rates) if mixture is not None and is_weighted else None

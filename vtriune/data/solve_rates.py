@@ -6,7 +6,7 @@ which change at a publish alone, and the same decision after a resume.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -21,21 +21,25 @@ class Bounds(NamedTuple):
 class SolveRates:
     """What is known of the rows, the last word of each: its mean accuracy, in [0, 1], over the completions of one group.
 
-    `bounds` None: every row is taken in every pass, and no rate is kept.
+    bounds    None: every row is taken in every pass, and no rate is kept
+    question  of a row: rows of one question, which an epoch shows several times, have one rate
     """
 
-    def __init__(self, seed: int, bounds: Bounds | None = None) -> None:
-        self._seed, self._bounds = seed, bounds
+    def __init__(
+        self, seed: int, bounds: Bounds | None = None, question: Callable[[int], int] = lambda row: row
+    ) -> None:
+        self._seed, self._bounds, self._question = seed, bounds, question
         self._rates: dict[int, float] = {}
+        """By question."""
 
     def learn(self, rates: Mapping[int, float]) -> None:
         """Row → solve rate, of groups that ended since the publish before."""
         if self._bounds is not None:
-            self._rates |= rates
+            self._rates |= {self._question(row): rate for row, rate in rates.items()}
 
     def probability(self, row: int) -> float:
         """That a pass takes `row`."""
-        if self._bounds is None or (rate := self._rates.get(row)) is None:
+        if self._bounds is None or (rate := self._rates.get(self._question(row))) is None:
             return 1.0
         return 1.0 if self._bounds.lowest <= rate <= self._bounds.highest else self._bounds.floor
 
@@ -50,7 +54,7 @@ class SolveRates:
         return (int.from_bytes(digest, "big") >> 3) / 2**53
 
     def figures(self) -> dict[str, float]:
-        """For the metrics: rows whose rate is known, and of these those below and above the bounds. Nothing without bounds."""
+        """For the metrics: stored rows whose rate is known, and of these those below and above the bounds. Nothing without bounds."""
         if self._bounds is None:
             return {}
         rates = self._rates.values()
@@ -62,8 +66,8 @@ class SolveRates:
 
     def state_dict(self) -> dict[str, Any]:
         """The rates, as JSON values."""
-        return {str(row): rate for row, rate in self._rates.items()}
+        return {str(question): rate for question, rate in self._rates.items()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Know what was known when `state` was taken."""
-        self._rates = {int(row): rate for row, rate in state.items()} if self._bounds is not None else {}
+        self._rates = {int(question): rate for question, rate in state.items()} if self._bounds is not None else {}

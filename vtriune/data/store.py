@@ -201,10 +201,14 @@ class Store:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a store with {len(self)} rows ({self.folder})")
 
-    def _fields(self, row: int, names: Sequence[str]) -> dict[str, Any]:
+    def stored(self, row: int) -> int:
+        """Where `row` is stored: once, however often an epoch shows it. IndexError for a row that is not there."""
         self._check(row)
         segment = self.index.segments[bisect.bisect_right(self._segment_starts, row) - 1]
-        stored = segment.first_stored + row - segment.first_row
+        return segment.first_stored + row - segment.first_row
+
+    def _fields(self, row: int, names: Sequence[str]) -> dict[str, Any]:
+        stored = self.stored(row)
         number = bisect.bisect_right(self.index.batch_starts, stored) - 1
         batch = self._batches.get(number)
         if batch is None:
