@@ -179,6 +179,17 @@ def test_adaptive_weights_follow_what_rises_and_come_back_from_a_checkpoint(stor
     assert resumed.figures()["source/b/mixture/factor"] == 2.0
 
 
+def test_a_run_that_goes_on_without_adapting_has_the_weights_that_are_asked(store: Store) -> None:
+    cursor = Cursor(store, seed=1, mixture=Mixture(weights={"a": 1.0, "b": 1.0}, adaptive=True))
+    for number in range(10):
+        list(islice(cursor, 20))
+        cursor.learn({0: number / 10, 20: 0.5})
+    assert cursor.figures()["source/a/mixture/asked"] == 0.8
+    resumed = Cursor(store, seed=1, mixture=Mixture(weights={"a": 1.0, "b": 1.0}))
+    resumed.load_state_dict(cursor.state_dict())
+    assert resumed.figures()["source/a/mixture/asked"] == 0.5
+
+
 def test_lines_and_solve_rates_move_no_weights_that_do_not_adapt(store: Store) -> None:
     still, told = (Cursor(store, seed=1, mixture=WEIGHTED) for _ in range(2))
     for number in range(10):

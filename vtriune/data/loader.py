@@ -136,10 +136,11 @@ class Cursor:
     def learn(self, solve_rates: Mapping[int, float]) -> None:
         """Row → mean accuracy, of the groups that ended since the publish before; draws from now on know of it."""
         self._rates.learn(solve_rates)
-        by_source: dict[str, list[float]] = {}
-        for row, rate in solve_rates.items():
-            by_source.setdefault(self._store.source(row), []).append(rate)
-        self._adapt({source: fmean(rates) for source, rates in by_source.items()}, is_held_out=False)
+        if self._adaptive is not None:
+            by_source: dict[str, list[float]] = {}
+            for row, rate in solve_rates.items():
+                by_source.setdefault(self._store.source(row), []).append(rate)
+            self._adapt({source: fmean(rates) for source, rates in by_source.items()}, is_held_out=False)
 
     def learn_held_out(self, line: Mapping[str, float]) -> None:
         """What a line of `metrics.jsonl` says of held-out rows."""

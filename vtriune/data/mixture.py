@@ -91,7 +91,7 @@ class WeightedSources:
         self.names = sorted(sizes)
         self._num_rows = sum(sizes.values())
         self._phases, self._caps = phases, caps or {}
-        self._parts = ADAPTIVE_PARTS if is_adaptive else PARTS
+        self._is_adaptive = is_adaptive
         for what, named in [*(("weights", phase.weights) for phase in phases), ("caps", self._caps)]:
             if unknown := sorted(set(named) - set(self.names)):
                 raise ValueError(f"{what}: no source {', '.join(unknown)}; there are {', '.join(self.names)}")
@@ -153,8 +153,11 @@ class WeightedSources:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand where `state` was taken, over the same sources; other weights come into force with the next period."""
+        """Stand where `state` was taken, over the same sources; other weights come into force with the next period, and factors go
+        where weights adapt no more."""
         self._state = msgspec.convert(state, SourcesState)
+        if not self._is_adaptive:
+            self._state.factors = {}
 
     def _phase(self, progress: float) -> Phase:
         return next((phase for phase in self._phases if progress < phase.until), self._phases[-1])
@@ -168,7 +171,7 @@ class WeightedSources:
             state.in_epoch = [0] * len(self.names)
             num_left, left = self._num_rows, self._left_of_caps()
         weights = [asked[name] if left[name] > 0 else 0.0 for name in self.names]
-        quotas = in_lowest_terms(apportion(weights, self._parts, at_least=1))
+        quotas = in_lowest_terms(apportion(weights, ADAPTIVE_PARTS if self._is_adaptive else PARTS, at_least=1))
         if self._caps and sum(quotas) > num_left:
             quotas = apportion(weights, num_left)
         quotas = [min(quota, left[name]) for name, quota in zip(self.names, quotas, strict=True)]
