@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from vtriune.data.adaptive import ERRORS, FEWEST, LEAST, MOST, WINDOW, Adaptive, certain_slope
+from vtriune.data.adaptive import ERRORS, FEWEST, FEWEST_TRAINED, LEAST, MOST, WINDOW, Adaptive, certain_slope
 from vtriune.data.mixture import Phase, WeightedSources
 
 NAMES = ["a", "b", "c", "d"]
@@ -18,7 +18,7 @@ points = st.lists(st.tuples(st.integers(0, 10_000), st.floats(0, 1)), max_size=2
 
 
 @given(
-    st.lists(st.lists(st.floats(-0.1, 0.1), min_size=FEWEST, max_size=60), min_size=4, max_size=4),
+    st.lists(st.lists(st.floats(-0.1, 0.1), min_size=FEWEST_TRAINED, max_size=60), min_size=4, max_size=4),
     st.lists(st.floats(0, 0.05), min_size=4, max_size=4),
     st.lists(st.floats(0.01, 10), min_size=4, max_size=4),
 )
@@ -48,17 +48,17 @@ def test_the_slope_is_scipys_less_its_standard_errors(of_source: list[tuple[int,
 def test_too_little_or_no_rise_leaves_the_weights_as_they_are() -> None:
     adaptive = Adaptive(["a", "b"])
     asked = {"a": 0.5, "b": 0.5}
-    for number in range(FEWEST - 1):
+    for number in range(FEWEST_TRAINED - 1):
         adaptive.learn({"a": number}, {"a": number / 10}, is_held_out=False)
     assert adaptive.factors(asked) is None
-    for number in range(FEWEST):
+    for number in range(FEWEST_TRAINED):
         adaptive.learn({"b": number}, {"b": 0.5}, is_held_out=False)
     assert adaptive.factors(asked) is None
 
 
 def test_held_out_scores_count_once_there_are_enough_and_a_source_of_weight_0_stays_out() -> None:
     adaptive = Adaptive(["a", "b", "c"])
-    for number in range(8):
+    for number in range(FEWEST_TRAINED):
         drawn = {"a": number, "b": number, "c": number}
         adaptive.learn(drawn, {"a": number / 10, "b": 0.5, "c": number / 5}, is_held_out=False)
         adaptive.learn(drawn, {"a": 0.5, "b": number / 10, "c": 0.5}, is_held_out=True)

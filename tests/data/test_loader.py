@@ -163,9 +163,9 @@ def test_weights_of_other_sources_and_a_change_between_weights_and_none_are_refu
 def test_adaptive_weights_follow_what_rises_and_come_back_from_a_checkpoint(store: Store) -> None:
     mixture = Mixture(adaptive=True)
     cursor = Cursor(store, seed=1, mixture=mixture)
-    for number in range(10):
+    for number in range(12):
         list(islice(cursor, 20))
-        cursor.learn({0: number / 10, 1: number / 10, 20: 0.5})
+        cursor.learn({0: number / 12, 1: number / 12, 20: 0.5})
     assert cursor.figures()["source/a/mixture/factor"] == 2.0
     assert cursor.figures()["source/b/mixture/factor"] == 0.5
     assert cursor.figures()["source/a/mixture/asked"] == 0.8
@@ -181,9 +181,9 @@ def test_adaptive_weights_follow_what_rises_and_come_back_from_a_checkpoint(stor
 
 def test_a_run_that_goes_on_without_adapting_has_the_weights_that_are_asked(store: Store) -> None:
     cursor = Cursor(store, seed=1, mixture=Mixture(weights={"a": 1.0, "b": 1.0}, adaptive=True))
-    for number in range(10):
+    for number in range(12):
         list(islice(cursor, 20))
-        cursor.learn({0: number / 10, 20: 0.5})
+        cursor.learn({0: number / 12, 20: 0.5})
     assert cursor.figures()["source/a/mixture/asked"] == 0.8
     resumed = Cursor(store, seed=1, mixture=Mixture(weights={"a": 1.0, "b": 1.0}))
     resumed.load_state_dict(cursor.state_dict())

@@ -16,7 +16,9 @@ import msgspec
 import numpy as np
 
 LEAST, MOST = 0.5, 2.0
-WINDOW, FEWEST = 48, 4
+WINDOW = 48
+FEWEST, FEWEST_TRAINED = 4, 12
+"""Points from which a slope is taken. A version has few groups of a source, and its mean is noisier than that of held-out rows."""
 ERRORS = 2.0
 
 
@@ -29,7 +31,9 @@ class Scores(msgspec.Struct):
     @property
     def signal(self) -> float:
         """Rise per draw that is beyond its standard errors; 0 where too little is known."""
-        return certain_slope(self.held_out if len(self.held_out) >= FEWEST else self.trained)
+        if len(self.held_out) >= FEWEST:
+            return certain_slope(self.held_out)
+        return certain_slope(self.trained) if len(self.trained) >= FEWEST_TRAINED else 0.0
 
 
 class Adaptive:
