@@ -62,7 +62,7 @@ def sample_difficulties(config: Config, store: Path, num_answers: int) -> dict[K
 
 
 async def _sample(config: Config, store: Store, num_answers: int) -> dict[Key, Difficulty]:
-    from actors.engine import Engine
+    from actors.engine import Engine, EngineError
 
     data, rewards = config.data, config.rewards
     preprocessor = Preprocessor(Path(config.model.path), data.min_pixels, data.max_pixels, data.max_prompt_tokens)
@@ -70,7 +70,14 @@ async def _sample(config: Config, store: Store, num_answers: int) -> dict[Key, D
     engine = Engine(config, preprocessor, StoreSet([store]))
     memory = int(rewards.memory_gib * 2**30)
     pool = VerifierPool(config.cluster.verifiers.workers, rewards.options, memory_limit_bytes=memory)
-    rows = [row for row in store.distinct_rows() if store.header(row).sample_id]
+    stored = store.distinct_rows()
+    rows = [row for row in stored if store.header(row).sample_id]
+    if len(rows) < len(stored):
+        log.warning(
+            "%d of %d rows have no id, by which answers are known, and are not sampled",
+            len(stored) - len(rows),
+            len(stored),
+        )
     judged: list[Judged] = []
     # As many rows at once as fill the engine: the next is prepared when one is answered.
     room = asyncio.Semaphore(max(1, 2 * config.cluster.generators.max_sequences // num_answers))
@@ -80,7 +87,9 @@ async def _sample(config: Config, store: Store, num_answers: int) -> dict[Key, D
             lease = _lease(config, store, row, num_answers)
             try:
                 judged.extend(await _judged(await engine.generate(lease), pool))
-            except DataError as error:
+            except (DataError, EngineError) as error:
+                if getattr(error, "kind", "lease") == "engine":
+                    raise
                 log.warning("row %d of %s is not sampled: %s", lease.header.file_row, lease.header.file, error)
             left.remove(row)
             if len(left) * 10 % len(rows) < 10:  # At every tenth of them.
