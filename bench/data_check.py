@@ -25,6 +25,7 @@ from PIL import Image
 
 from bench import machine
 from examples.digits.micro_vlm import MODEL_FOLDER
+from verifiers import terminal
 from vtriune.data.schema import PARQUET_SCHEMA
 
 ROWS_A_FILE = 1250
@@ -142,4 +143,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    terminal.open_output()
     main()
