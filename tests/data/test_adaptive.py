@@ -116,8 +116,8 @@ def test_a_shuffled_and_a_solved_source_end_at_their_floor_and_the_rest_is_as_go
     found, factors = train(dict.fromkeys(CURVES, 1.0), seed, is_adaptive=True)
     assert factors["shuffled"] == factors["solved"] == LEAST
     grid = [
-        dict(zip(CURVES, mix, strict=True))
-        for mix in itertools.product((0.5, 1.0), (0.5, 1.0), (0.5, 1, 2), (0.5, 1, 2))
+        {"shuffled": idle, "solved": idle, "quick": quick, "slow": slow}
+        for idle, quick, slow in itertools.product((0.5, 1.0), (0.5, 1.0, 2.0), (0.5, 1.0, 2.0))
     ]
     best = max(train(mix, seed, is_adaptive=False)[0] for mix in grid)
     assert found > best - 0.01
