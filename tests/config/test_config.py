@@ -139,6 +139,10 @@ REFUSED = [
         r"rollout_batch: 32 is not a multiple of update_batch \(64\)",
     ),
     (["cluster.generators.max_sequences=4"], r"max_sequences: 4 is below policy\.group_size \(8\)"),
+    (
+        ["cluster.generators.max_batched_tokens=255", "sampling.seeded=true"],
+        r"max_batched_tokens: 255 is below max_model_len \(256\), and on a CPU sampling.seeded computes no prompt in parts",
+    ),
     (["cluster.generators.max_batched_tokens=100"], r"max_batched_tokens: 100 is below max_sequences \(128\)"),
     (
         ["data.max_prompt_tokens=200"],

@@ -190,6 +190,12 @@ def test_a_run_that_goes_on_without_adapting_has_the_weights_that_are_asked(stor
     assert resumed.figures()["source/a/mixture/asked"] == 0.5
 
 
+def test_an_evaluation_without_a_verdict_says_nothing_of_its_source(store: Store) -> None:
+    told, untold = (Cursor(store, seed=1, mixture=Mixture(adaptive=True)) for _ in range(2))
+    told.learn_held_out({"eval/source/a/reward/mean": float("nan")})
+    assert told.state_dict() == untold.state_dict()
+
+
 def test_lines_and_solve_rates_move_no_weights_that_do_not_adapt(store: Store) -> None:
     still, told = (Cursor(store, seed=1, mixture=WEIGHTED) for _ in range(2))
     for number in range(10):

@@ -317,6 +317,17 @@ class Stage:
         self.folder = folder
         self._fleet_size, self._room, self._restarts = num_generators, room, restarts
 
+    async def stopped_at(self, version: int) -> Controller:
+        """Train until `version` is there, and stop: the checkpoint is written."""
+        controller = await self.open()
+        running = asyncio.create_task(controller.run())
+        while controller.groups.version < version:
+            await asyncio.sleep(0.001)
+        controller.stop()
+        async with asyncio.timeout(30):
+            await running
+        return controller
+
     def generation_s(self, lease: Lease) -> float:
         return 0.05 if lease.group_id in self.slow else self.random.random() * 0.002
 

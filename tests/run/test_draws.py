@@ -1,7 +1,6 @@
 """Draws that follow solve rates, through a whole run: learnt at a publish, of what was trained on and of what was filtered, kept by a
 checkpoint."""
 
-import asyncio
 from pathlib import Path
 from unittest.mock import patch
 
@@ -59,13 +58,7 @@ async def test_a_run_that_is_resumed_draws_what_one_without_a_stop_draws(tmp_pat
     whole = stage(tmp_path / "whole", steps=12)
     await (await whole.open()).run()
     first = stage(tmp_path / "first", steps=12)
-    controller = await first.open()
-    running = asyncio.create_task(controller.run())
-    while controller.groups.version < 6:
-        await asyncio.sleep(0.001)
-    controller.stop()
-    async with asyncio.timeout(30):
-        await running
+    await first.stopped_at(6)
     checkpoint = latest_complete(first.folder / "checkpoints")
     assert checkpoint is not None
     assert read_state(checkpoint).cursor["solve_rates"]

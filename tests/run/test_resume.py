@@ -16,13 +16,7 @@ OFF = Policy(mode="off_policy", max_staleness=2, rollout_batch=8, group_size=2)
 
 async def stopped(stage: Stage, version: int = 2) -> Path:
     """Train to `version`, stop; the checkpoint."""
-    controller = await stage.open()
-    running = asyncio.create_task(controller.run())
-    while controller.groups.version < version:
-        await asyncio.sleep(0.001)
-    controller.stop()
-    async with asyncio.timeout(30):
-        await running
+    await stage.stopped_at(version)
     checkpoint = latest_complete(stage.folder / "checkpoints")
     assert checkpoint is not None
     return checkpoint

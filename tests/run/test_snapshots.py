@@ -207,13 +207,7 @@ async def test_a_stop_waits_for_its_checkpoint(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(FakeLearner, "saved", slow)
     stage = Stage(tmp_path, Policy(mode="on_policy", rollout_batch=6, group_size=2), steps=1000)
-    controller = await stage.open()
-    running = asyncio.create_task(controller.run())
-    while controller.groups.version < 2:
-        await asyncio.sleep(0.001)
-    controller.stop()
-    async with asyncio.timeout(30):
-        await running
+    controller = await stage.stopped_at(2)
     assert latest_complete(tmp_path / "checkpoints") == tmp_path / "checkpoints" / f"step-{controller.groups.version}"
 
 

@@ -6,6 +6,7 @@ below: pixels stay in the store until a generator or the learner asks for them. 
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from statistics import fmean
@@ -146,7 +147,8 @@ class Cursor:
         """What a line of `metrics.jsonl` says of held-out rows."""
         if self._weighted is not None:
             keys = {source: f"eval/source/{source}/reward/mean" for source in self._weighted.sources.names}
-            self._adapt({source: line[key] for source, key in keys.items() if key in line}, is_held_out=True)
+            known = {source: line[key] for source, key in keys.items() if math.isfinite(line.get(key, math.nan))}
+            self._adapt(known, is_held_out=True)
 
     def _adapt(self, scores: Mapping[str, float], *, is_held_out: bool) -> None:
         """Weights follow the mean `scores` of some sources."""

@@ -39,7 +39,7 @@ class SolveRate(Section, frozen=True):
     drawn in every pass over its source while its rate is unknown or within bounds, else with the probability `floor`."""
 
     lowest: ShareOrZero = 0.05
-    """Below it a row is too hard for now."""
+    """Below it a row is too hard, until another group of it says otherwise."""
     highest: ShareOrZero = 0.95
     """Above it a row is too easy."""
     floor: Annotated[float, Meta(ge=0.01, le=1)] = 0.1
